@@ -1,0 +1,106 @@
+"""Assembles the server: base, engine, registry, metrics and routes. The only place where they all meet."""
+
+import hashlib
+import hmac
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from loraplex_registry.registry import Registry
+from loraplex_server.adapters.disk import loader
+from loraplex_server.config import ServerConfig
+from loraplex_server.engine.engine import Engine
+from loraplex_server.engine.model import Base, load_base
+from loraplex_server.loop import EngineLoop
+from loraplex_server.metrics import Metrics
+from loraplex_server.problems import Problem
+from loraplex_server.routes import ROUTES
+from loraplex_server.service import Service
+from loraplex_server.watch import RegistrySource
+
+
+def open_registry(where: str | None) -> RegistrySource:
+    """The registry in a folder or behind a URL; None is the default folder.
+
+    Raises:
+        loraplex_registry.errors.StoreUnavailable: the folder cannot be used.
+    """
+    if where and where.startswith(("http://", "https://")):
+        from loraplex_registry.remote import RemoteRegistry
+
+        return RemoteRegistry(where)
+    return Registry(where or Registry.default_root())
+
+
+def create_app(config: ServerConfig, base: Base | None = None) -> Starlette:
+    """The application, with its base loaded (or handed over) and its engine ready to start.
+
+    Raises:
+        EngineError, RegistryError: the base or the registry cannot be opened.
+    """
+    registry = open_registry(config.registry)
+    base = base or load_base(config.base, config.revision, config.quantization, config.device, config.dtype)
+    metrics = Metrics(
+        max_adapters=config.metrics_adapters,
+        build={"base": base.id, "quantization": base.quantization, "device": base.device.type},
+    )
+    wake = threading.Event()
+    load = loader(registry, base.description, config.engine.max_rank)
+    service = Service(EngineLoop(Engine(base, config.engine, load, metrics, wake.set), wake), registry, metrics)
+
+    @asynccontextmanager
+    async def running(_: Starlette) -> AsyncIterator[None]:
+        service.loop.start()
+        service.watch.start()
+        try:
+            yield
+        finally:
+            service.watch.stop()
+            service.loop.stop()
+
+    app = Starlette(
+        routes=ROUTES,
+        lifespan=running,
+        middleware=[Middleware(BearerKeys, keys=config.api_keys)] if config.api_keys else [],
+        exception_handlers={HTTPException: _http_problem},
+    )
+    app.state.service, app.state.config = service, config
+    return app
+
+
+class BearerKeys:
+    """Lets /v1/* through only with one of the keys; probes and metrics are open. Keys are compared by their hashes."""
+
+    def __init__(self, app: ASGIApp, keys: tuple[str, ...]) -> None:
+        self._app = app
+        self._hashes = [hashlib.sha256(key.encode()).digest() for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] == "http" and scope["path"].startswith("/v1/") and not self._allowed(scope):
+            message = "a valid key is needed: send the header 'Authorization: Bearer KEY'"
+            refusal = Problem(401, "authentication_error", "invalid_api_key", message).response()
+            return await refusal(scope, receive, send)
+        return await self._app(scope, receive, send)
+
+    def _allowed(self, scope: Scope) -> bool:
+        header = HttpRequest(scope).headers.get("authorization", "")
+        scheme, _, key = header.partition(" ")
+        given = hashlib.sha256(key.strip().encode()).digest()
+        matches = [hmac.compare_digest(given, known) for known in self._hashes]
+        return scheme.lower() == "bearer" and any(matches)
+
+
+async def _http_problem(http: HttpRequest, error: Any) -> Response:
+    """Starlette's own refusals (no such path, wrong method) in OpenAI's shape."""
+    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
+    message = f"{http.method} {http.url.path}: {error.detail}"
+    return Problem(error.status_code, "invalid_request_error", code, message).response()

@@ -1,0 +1,19 @@
+"""The engine's limits, each with its default written once."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Bounds on memory and work. Sizes in tokens, rows or bytes, as named."""
+
+    max_loras: int = 8  # adapters on the device
+    max_host_loras: int = 32  # adapters in host memory, those on the device included
+    max_rank: int = 64
+    max_rows: int = 16  # requests running at once
+    max_waiting: int = 256  # requests queued; one more is refused
+    step_tokens: int = 512  # tokens of one step: longer prompts are cut into chunks
+    max_model_len: int | None = None  # tokens of prompt and completion together; None: what the base allows
+    kv_cache_bytes: int = 1 << 30
+    page_tokens: int = 16
+    paged: bool = True  # False: the slow reference runner

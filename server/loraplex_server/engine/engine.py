@@ -1,0 +1,250 @@
+"""The engine: schedule, forward, sample, finish. One step at a time, on one thread; knows no HTTP.
+
+Owns the requests from the moment they are added until their last delta is handed out.
+"""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from time import monotonic
+
+import torch
+
+from loraplex_server.adapters.device import DeviceAdapters
+from loraplex_server.adapters.host import HostAdapter, read_adapter
+from loraplex_server.adapters.residency import Observer, Place, Residency, Unobserved
+from loraplex_server.engine.attention import KVTensors
+from loraplex_server.engine.batch import Batch
+from loraplex_server.engine.config import EngineConfig
+from loraplex_server.engine.detokenize import Detokenizer
+from loraplex_server.engine.errors import AdapterRefused, InvalidRequest
+from loraplex_server.engine.kv_cache import KVPages
+from loraplex_server.engine.model import Base
+from loraplex_server.engine.request import FinishReason, Request, SamplingParams
+from loraplex_server.engine.runner import make_runner
+from loraplex_server.engine.sampler import Sampler
+from loraplex_server.engine.scheduler import Scheduler
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What a step gave one request: certain text, the token it came with, and why it ended, if it did.
+
+    The request itself moves on while a delta is on its way to another thread: read the end from the delta.
+    """
+
+    request: Request
+    text: str
+    token_ids: tuple[int, ...] = ()
+    finish_reason: FinishReason | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether this is the request's last delta."""
+        return self.finish_reason is not None
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A whole answer."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason
+
+
+def _no_registry(key: str) -> HostAdapter:
+    raise AdapterRefused(f"adapter {key!r} was never added to this engine")
+
+
+class Engine:
+    """Serves requests over one base and many adapters.
+
+    ``load`` brings an adapter that is asked for by its digest to host memory (see adapters.disk.loader); without it
+    only adapters given to ``add_adapter`` are known. ``wake`` is called from another thread when a load has ended.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        config: EngineConfig | None = None,
+        load: Callable[[str], HostAdapter] = _no_registry,
+        observer: Observer | None = None,
+        wake: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.base = base
+        self.config = config = config or EngineConfig()
+        self.max_tokens = min(base.context_tokens, config.max_model_len or base.context_tokens)
+        self.pages = _make_pages(base, config, self.max_tokens)
+        self.scheduler = Scheduler(self.pages, config.max_rows, config.step_tokens, config.max_waiting)
+        self.device = DeviceAdapters(base.model)
+        self.residency = Residency(
+            self.device,
+            load,
+            ThreadPoolExecutor(2, thread_name_prefix="adapter-load"),
+            config.max_loras,
+            config.max_host_loras,
+            observer or Unobserved(),
+            wake,
+        )
+        self._runner = make_runner(base.model, self.pages, config.paged)
+        self._sampler = Sampler()
+        self._detokenizers: dict[str, Detokenizer] = {}
+        self._eos = base.eos_token_ids
+        self._ids = count()
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request waits or runs."""
+        return bool(self.scheduler.running or self.scheduler.waiting)
+
+    def add_adapter(self, name: str, folder: str | Path) -> None:
+        """Read an adapter folder and serve it under ``name``.
+
+        Raises:
+            AdapterRefused: it cannot be used whole on this base.
+        """
+        self.residency.put(read_adapter(name, Path(folder), self.base.description, self.config.max_rank))
+
+    def check(self, request: Request) -> None:
+        """Whether a request can ever be served.
+
+        Raises:
+            InvalidRequest: an empty prompt, a token that is not in the vocabulary, or more tokens than fit.
+        """
+        vocabulary = self.base.model.config.vocab_size
+        wanted, prompt = request.most_tokens, len(request.prompt_ids)
+        if not prompt:
+            raise InvalidRequest("prompt is empty, expected at least one token", "prompt")
+        if bad := next((i for i in request.prompt_ids if not 0 <= i < vocabulary), None):
+            raise InvalidRequest(f"prompt holds token id {bad}, expected ids from 0 to {vocabulary - 1}", "prompt")
+        if bad := next((i for i in request.params.logit_bias if i >= vocabulary), None):
+            raise InvalidRequest(f"logit_bias holds token id {bad}, expected ids up to {vocabulary - 1}", "logit_bias")
+        if prompt >= self.max_tokens:
+            raise InvalidRequest(f"prompt has {prompt} tokens, expected fewer than {self.max_tokens}", "prompt")
+        if wanted > self.max_tokens or not self.pages.fits_ever(request):
+            most = min(self.max_tokens, self.pages.pages * self.pages.page_tokens)
+            asked = f"{prompt} of the prompt and max_tokens {request.params.max_tokens}"
+            raise InvalidRequest(
+                f"the request asks for {wanted} tokens ({asked}), expected at most {most}", "max_tokens"
+            )
+
+    def add(self, request: Request) -> None:
+        """Queue a request and begin to load its adapter.
+
+        Raises:
+            InvalidRequest: see check.
+            Overloaded: the queue is full.
+        """
+        self.check(request)
+        self.scheduler.add(request)
+        self._detokenizers[request.id] = Detokenizer(self.base.tokenizer, request.prompt_ids, request.params.stop)
+        if request.adapter is not None:
+            self.residency.asked(request.adapter)
+
+    def abort(self, request: Request) -> None:
+        """End a request that nobody waits for any more."""
+        if not request.finished:
+            self._end(request, FinishReason.ABORT)
+
+    def step(self) -> list[Delta]:
+        """Compute some tokens of some requests; a request whose adapter or forward failed ends with its error."""
+        failed: list[Delta] = []
+        batch = self.scheduler.schedule(lambda request: self._place(request, failed), self._pin)
+        if batch is None:
+            return failed
+        try:
+            token_ids = self._forward_and_sample(batch)
+        except Exception as error:  # this step's requests fail; the engine goes on
+            return failed + [self._fail(row.request, error) for row in batch.rows]
+        return failed + self._finish(batch, token_ids)
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        params: SamplingParams,
+        adapter: str | Sequence[str | None] | None = None,
+    ) -> list[Completion]:
+        """Answer prompts and wait for all of them; ``adapter`` is one for all, or one for each.
+
+        Raises:
+            Exception: what the first failing request failed with.
+        """
+        adapters = [adapter] * len(prompts) if adapter is None or isinstance(adapter, str) else list(adapter)
+        requests = [
+            Request(f"generate-{next(self._ids)}", self.base.tokenizer(prompt).input_ids, params, key, monotonic())
+            for prompt, key in zip(prompts, adapters, strict=True)
+        ]
+        todo, texts = list(reversed(requests)), {request.id: "" for request in requests}
+        while todo or self.has_work:
+            while todo and len(self.scheduler.waiting) < self.config.max_waiting:
+                self.add(todo.pop())
+            for delta in self.step():
+                texts[delta.request.id] += delta.text
+                if delta.request.error:
+                    raise delta.request.error
+        return [Completion(texts[r.id], r.output_ids, r.finish_reason or FinishReason.ERROR) for r in requests]
+
+    def _place(self, request: Request, failed: list[Delta]) -> Place:
+        if request.adapter is None:
+            return Place.READY
+        try:
+            return self.residency.want(request.adapter)
+        except Exception as error:  # whatever the registry or the file had to say is this request's answer
+            failed.append(self._fail(request, error))
+            return Place.LOADING
+
+    def _pin(self, request: Request) -> None:
+        if request.adapter is not None:
+            self.residency.pin(request.adapter)
+
+    @torch.no_grad()
+    def _forward_and_sample(self, batch: Batch) -> list[int]:
+        now = monotonic()
+        for row in batch.rows:
+            row.request.started_at = row.request.started_at or now
+        self.device.activate(batch.adapter)
+        logits = self._runner.forward(self.device.model, batch)
+        return self._sampler.sample([row.request for row in batch.rows if row.samples], logits)
+
+    def _finish(self, batch: Batch, token_ids: list[int]) -> list[Delta]:
+        """Take the sampled tokens into their requests, and end those that are complete."""
+        sampling = [row.request for row in batch.rows if row.samples]
+        for row in batch.rows:
+            row.request.computed_tokens = row.stop
+        return [self._extend(request, token_id) for request, token_id in zip(sampling, token_ids, strict=True)]
+
+    def _extend(self, request: Request, token_id: int) -> Delta:
+        detokenizer = self._detokenizers[request.id]
+        if token_id in self._eos or token_id in request.params.stop_token_ids:
+            text, reason = detokenizer.add((), final=True), FinishReason.STOP
+        else:
+            request.output_ids.append(token_id)
+            last = len(request.output_ids) >= request.params.max_tokens
+            text = detokenizer.add((token_id,), final=last)
+            reason = FinishReason.STOP if detokenizer.stopped else FinishReason.LENGTH if last else None
+        if reason:
+            self._end(request, reason)
+        return Delta(request, text, (token_id,), reason)
+
+    def _fail(self, request: Request, error: Exception) -> Delta:
+        request.error = error
+        self._end(request, FinishReason.ERROR)
+        return Delta(request, "", finish_reason=FinishReason.ERROR)
+
+    def _end(self, request: Request, reason: FinishReason) -> None:
+        request.finish_reason = reason
+        if self.scheduler.remove(request) and request.adapter is not None:
+            self.residency.unpin(request.adapter)
+        self._sampler.forget(request)
+        self._runner.forget(request)
+        self._detokenizers.pop(request.id, None)
+
+
+def _make_pages(base: Base, config: EngineConfig, max_tokens: int) -> KVPages:
+    """As many pages as the byte budget holds, and no more than the most rows can ever use."""
+    page_bytes = config.page_tokens * KVTensors.bytes_per_token(base.model.config, base.dtype)
+    useful = config.max_rows * -(-max_tokens // config.page_tokens)
+    return KVPages(max(1, min(config.kv_cache_bytes // page_bytes, useful)), config.page_tokens)

@@ -1,0 +1,105 @@
+"""A request and what happens to it: what was asked, how far it is, why it ended.
+
+Owns the states of one sequence; knows no torch, no HTTP and no clock but the one it is handed.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from types import MappingProxyType
+
+from loraplex_server.engine.errors import InvalidRequest
+
+
+class FinishReason(StrEnum):
+    """Why a sequence ended, in OpenAI's words; ``ERROR`` and ``ABORT`` never reach a successful answer."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are chosen. Names and ranges are OpenAI's; ``top_k`` and ``min_p`` are vLLM's.
+
+    ``temperature`` 0 is greedy. ``seed`` makes a sampled answer reproducible whatever else is in the batch.
+
+    Raises:
+        InvalidRequest: a value out of range; its ``field`` is the parameter's name.
+    """
+
+    max_tokens: int = 16
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: no limit
+    min_p: float = 0.0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    seed: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=lambda: MappingProxyType({}))
+
+    def __post_init__(self) -> None:
+        _within("max_tokens", self.max_tokens, 1, 1_000_000)
+        _within("temperature", self.temperature, 0, 2)
+        _within("top_p", self.top_p, 0, 1)
+        _within("top_k", self.top_k, 0, 1_000_000)
+        _within("min_p", self.min_p, 0, 1)
+        _within("presence_penalty", self.presence_penalty, -2, 2)
+        _within("frequency_penalty", self.frequency_penalty, -2, 2)
+        for token_id, bias in self.logit_bias.items():
+            _within("logit_bias", bias, -100, 100)
+            _within("logit_bias", token_id, 0, 10_000_000)
+        if self.top_p == 0:
+            raise InvalidRequest("top_p is 0, expected a number above 0 and up to 1", "top_p")
+        if any(not text for text in self.stop):
+            raise InvalidRequest("stop holds an empty string, expected non-empty strings", "stop")
+
+
+def _within(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:  # also refuses NaN
+        raise InvalidRequest(f"{name} is {value!r}, expected a number from {low} to {high}", name)
+
+
+@dataclass(eq=False)
+class Request:
+    """One sequence: its prompt, its adapter (a digest, or None for the base) and its progress."""
+
+    id: str
+    prompt_ids: list[int]
+    params: SamplingParams
+    adapter: str | None = None
+    arrived_at: float = 0.0  # seconds, monotonic
+    output_ids: list[int] = field(default_factory=list)
+    computed_tokens: int = 0  # tokens whose keys and values are in the cache
+    finish_reason: FinishReason | None = None
+    error: Exception | None = None  # set with FinishReason.ERROR
+    started_at: float | None = None  # when its first token was scheduled
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Prompt and output so far."""
+        return self.prompt_ids + self.output_ids
+
+    @property
+    def total_tokens(self) -> int:
+        """How many tokens it has now."""
+        return len(self.prompt_ids) + len(self.output_ids)
+
+    @property
+    def most_tokens(self) -> int:
+        """How many tokens it can grow to: what admission reserves."""
+        return len(self.prompt_ids) + self.params.max_tokens
+
+    @property
+    def pending_tokens(self) -> int:
+        """Tokens not yet in the cache: the whole prompt at first, then the one just sampled."""
+        return self.total_tokens - self.computed_tokens
+
+    @property
+    def finished(self) -> bool:
+        """Whether it has ended, for whatever reason."""
+        return self.finish_reason is not None

@@ -1,0 +1,171 @@
+"""OpenAI's completions in and out: what a body may say, and how answers, chunks and errors look. No engine, no sockets.
+
+Source: https://platform.openai.com/docs/api-reference/completions. ``adapter``, ``top_k``, ``min_p`` and
+``stop_token_ids`` are additions that vLLM's and LoRAX's users know.
+"""
+
+import difflib
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from loraplex_server.engine.errors import InvalidRequest
+from loraplex_server.engine.request import Request, SamplingParams
+
+MAX_PROMPTS = 64
+MAX_CHOICES = 16
+MAX_STOPS = 16
+# Fields of OpenAI's that this version cannot honour; asking for them is an error, their neutral value is not.
+_NOT_YET: dict[str, tuple[Any, ...]] = {"logprobs": (None,), "suffix": (None, "")}
+
+
+class StreamOptions(BaseModel):
+    """``stream_options``."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    include_usage: bool = False
+
+
+class CompletionBody(BaseModel):
+    """The body of POST /v1/completions. A null field is one that was left out."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    prompt: str | list[str] | list[int] | list[list[int]]
+    model: str | None = None
+    adapter: str | None = None
+    max_tokens: int = 16
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
+    best_of: int | None = None
+    stop: str | list[str] = Field(default_factory=list)
+    stop_token_ids: list[int] = Field(default_factory=list)
+    seed: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[str, float] = Field(default_factory=dict)
+    echo: bool = False
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    logprobs: int | None = None
+    suffix: str | None = None
+
+    @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        """Every prompt, as text or as token ids."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if self.prompt and isinstance(self.prompt[0], int):
+            return [self.prompt]  # pyright: ignore[reportReturnType]
+        return self.prompt  # pyright: ignore[reportReturnType]
+
+    @property
+    def params(self) -> SamplingParams:
+        """The sampling parameters.
+
+        Raises:
+            InvalidRequest: one of them is out of range.
+        """
+        try:
+            bias = {int(token_id): value for token_id, value in self.logit_bias.items()}
+        except ValueError as error:
+            raise InvalidRequest("logit_bias has a key that is not a token id", "logit_bias") from error
+        return SamplingParams(
+            max_tokens=self.max_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
+            stop_token_ids=tuple(self.stop_token_ids),
+            seed=self.seed,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            logit_bias=bias,
+        )
+
+
+def parse_completion(body: bytes) -> CompletionBody:
+    """Read a request body.
+
+    Raises:
+        InvalidRequest: not a JSON object, an unknown field (the nearest is named), a wrong type, a value out of range.
+    """
+    try:
+        data = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(f"the body is not valid JSON: {error}", "body") from error
+    if not isinstance(data, dict):
+        raise InvalidRequest(f"the body is a JSON {type(data).__name__}, expected an object", "body")
+    data = {key: value for key, value in data.items() if value is not None}
+    for name in data.keys() - CompletionBody.model_fields.keys():
+        near = difflib.get_close_matches(name, CompletionBody.model_fields, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise InvalidRequest(f"unrecognized field {name!r}{hint}", name)
+    for name, neutral in _NOT_YET.items():
+        if data.get(name) not in neutral:
+            raise InvalidRequest(f"{name} is {data[name]!r}, which this server does not support; leave it out", name)
+    if "prompt" not in data:
+        raise InvalidRequest("prompt is missing, expected a string, a list of strings or token ids", "prompt")
+    try:
+        parsed = CompletionBody.model_validate(data)
+    except ValidationError as error:
+        raise _first(error, data) from error
+    _check_sizes(parsed)
+    return parsed
+
+
+def _first(error: ValidationError, data: dict[str, Any]) -> InvalidRequest:
+    first = error.errors()[0]
+    name = str(first["loc"][0])
+    shown = repr(data.get(name))
+    shown = shown if len(shown) <= 80 else shown[:77] + "..."
+    if name == "prompt":  # a union: pydantic names only its first arm
+        expected = "a string, a list of strings, a list of token ids, or a list of those"
+    elif name == "stop":
+        expected = "a string or a list of strings"
+    else:
+        expected = first["msg"].removeprefix("Input should be ")
+    return InvalidRequest(f"{name} is {shown}, expected {expected}", name)
+
+
+def _check_sizes(body: CompletionBody) -> None:
+    if not body.prompts:
+        raise InvalidRequest("prompt is an empty list, expected at least one prompt", "prompt")
+    if len(body.prompts) > MAX_PROMPTS:
+        raise InvalidRequest(f"prompt holds {len(body.prompts)} prompts, expected at most {MAX_PROMPTS}", "prompt")
+    if body.best_of not in (None, body.n):
+        raise InvalidRequest(f"best_of is {body.best_of}, expected n ({body.n}) or nothing", "best_of")
+    if len(body.params.stop) > MAX_STOPS:
+        raise InvalidRequest(f"stop holds {len(body.params.stop)} strings, expected at most {MAX_STOPS}", "stop")
+    if body.stream_options and not body.stream:
+        raise InvalidRequest("stream_options is given, but stream is false", "stream_options")
+
+
+def error_body(message: str, kind: str, code: str, param: str | None = None) -> dict[str, Any]:
+    """OpenAI's error object."""
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def choice(index: int, text: str, finish_reason: str | None) -> dict[str, Any]:
+    """One entry of ``choices``, in an answer or in a chunk."""
+    return {"index": index, "text": text, "logprobs": None, "finish_reason": finish_reason}
+
+
+def usage(requests: list[Request], n: int) -> dict[str, Any]:
+    """Token counts over all choices; a prompt with ``n`` choices counts once, as OpenAI counts."""
+    prompt = sum(len(request.prompt_ids) for request in requests[::n])
+    completion = sum(len(request.output_ids) for request in requests)
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
+def completion(
+    head: dict[str, Any], choices: list[dict[str, Any]], counted: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """An answer or a chunk: ``head`` has id, created, model and adapter."""
+    body: dict[str, Literal["text_completion"] | Any] = {"object": "text_completion", **head, "choices": choices}
+    return body if counted is None else {**body, "usage": counted}

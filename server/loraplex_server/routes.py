@@ -1,0 +1,179 @@
+"""The HTTP face: one function a route. Parses, asks the service, and shapes the answer; decides nothing else."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import aclosing, suppress
+from typing import Any
+
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from loraplex_server.engine.engine import Delta
+from loraplex_server.metrics import CONTENT_TYPE, UNKNOWN
+from loraplex_server.openai import CompletionBody, choice, completion, parse_completion, usage
+from loraplex_server.problems import TooLarge, problem
+from loraplex_server.service import Job, Service
+
+
+async def completions(http: HttpRequest) -> Response:
+    """POST /v1/completions."""
+    service: Service = http.app.state.service
+    label, param = UNKNOWN, None
+    try:
+        body = parse_completion(await _read(http))
+        param = "adapter" if body.adapter is not None else "model"
+        version = await run_in_threadpool(service.resolve, body)
+        label = version.name if version else "base"
+        job = await run_in_threadpool(service.job, body, version)
+        answer = await (_streamed(service, job, body) if body.stream else _whole(service, job, body, http))
+    except Exception as error:
+        found = problem(error, param)
+        service.metrics.request_failed(label, found.code)
+        return found.response()
+    if job.version:
+        answer.headers["X-Loraplex-Adapter-Digest"] = job.version.digest
+        answer.headers["X-Loraplex-Adapter-Version"] = str(job.version.number)
+    return answer
+
+
+async def _whole(service: Service, job: Job, body: CompletionBody, http: HttpRequest) -> Response:
+    """Wait for every sequence; a client that hangs up aborts them."""
+    texts = {r.id: prompt if body.echo else "" for r, prompt in zip(job.requests, job.prompt_texts, strict=True)}
+
+    async def collect() -> None:
+        async with aclosing(service.run(job)) as deltas:
+            async for delta in deltas:
+                texts[delta.request.id] += delta.text
+
+    work, gone = asyncio.ensure_future(collect()), asyncio.ensure_future(_disconnected(http))
+    try:
+        await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            return Response(status_code=499)  # nobody reads it: the client closed the connection
+        await work
+    finally:
+        for task in (work, gone):
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+    choices = [choice(i, texts[r.id], r.finish_reason) for i, r in enumerate(job.requests)]
+    return JSONResponse(completion(_head(job), choices, usage(job.requests, job.n)))
+
+
+async def _streamed(service: Service, job: Job, body: CompletionBody) -> Response:
+    """Server-sent events. The first delta is awaited here, so that what fails at once gets a status of its own."""
+    deltas = service.run(job)
+    first = await anext(deltas)
+    return StreamingResponse(_events(service, job, body, first, deltas), media_type="text/event-stream")
+
+
+async def _events(
+    service: Service, job: Job, body: CompletionBody, first: Delta, deltas: AsyncIterator[Delta]
+) -> AsyncIterator[str]:
+    head, index = _head(job), {request.id: i for i, request in enumerate(job.requests)}
+    if body.echo:
+        yield _event(completion(head, [choice(i, text, None) for i, text in enumerate(job.prompt_texts)]))
+    try:
+        async with aclosing(_chain(first, deltas)) as every:
+            async for delta in every:
+                if delta.text or delta.finished:
+                    yield _event(completion(head, [choice(index[delta.request.id], delta.text, delta.finish_reason)]))
+    except Exception as error:
+        found = problem(error)
+        service.metrics.request_failed(job.label, found.code)
+        yield _event(found.body)
+        return
+    if body.stream_options and body.stream_options.include_usage:
+        yield _event(completion(head, [], usage(job.requests, job.n)))
+    yield "data: [DONE]\n\n"
+
+
+async def _chain(first: Delta, rest: AsyncIterator[Delta]) -> AsyncIterator[Delta]:
+    try:
+        yield first
+        async for delta in rest:
+            yield delta
+    finally:
+        await rest.aclose()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _event(body: dict[str, Any]) -> str:
+    # ASCII: some clients' line readers also break at U+0085 and U+2028.
+    return f"data: {json.dumps(body, separators=(',', ':'))}\n\n"
+
+
+def _head(job: Job) -> dict[str, Any]:
+    adapter = {"adapter": str(job.version), "adapter_digest": job.version.digest} if job.version else {"adapter": None}
+    return {"id": job.id, "created": job.created, "model": job.model, **adapter}
+
+
+async def _read(http: HttpRequest) -> bytes:
+    """The body, bounded by the server's limit."""
+    limit: int = http.app.state.config.max_body_bytes
+    data = bytearray()
+    async for chunk in http.stream():
+        data += chunk
+        if len(data) > limit:
+            raise TooLarge(limit)
+    return bytes(data)
+
+
+async def _disconnected(http: HttpRequest) -> None:
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def models(http: HttpRequest) -> Response:
+    """GET /v1/models."""
+    try:
+        data = await run_in_threadpool(http.app.state.service.models)
+    except Exception as error:
+        return problem(error).response()
+    return JSONResponse({"object": "list", "data": data})
+
+
+async def model(http: HttpRequest) -> Response:
+    """GET /v1/models/{id}."""
+    try:
+        return JSONResponse(await run_in_threadpool(http.app.state.service.model, http.path_params["name"]))
+    except Exception as error:
+        return problem(error, "model").response()
+
+
+async def health(http: HttpRequest) -> Response:
+    """GET /health: the event loop turns and the engine's thread lives."""
+    alive = http.app.state.service.loop.alive
+    return JSONResponse({"status": "ok" if alive else "engine stopped"}, 200 if alive else 503)
+
+
+async def ready(http: HttpRequest) -> Response:
+    """GET /ready: the base is loaded and the registry has been seen once."""
+    service: Service = http.app.state.service
+    waits_for = [what for what, done in (("engine", service.loop.alive), ("registry", service.watch.ready)) if not done]
+    return JSONResponse({"ready": not waits_for, "waiting_for": waits_for}, 503 if waits_for else 200)
+
+
+async def metrics(http: HttpRequest) -> Response:
+    """GET /metrics."""
+    body, content_type = await run_in_threadpool(http.app.state.service.metrics.render)
+    return Response(body, headers={"Content-Type": content_type})
+
+
+async def routing(http: HttpRequest) -> Response:
+    """GET /metrics/routing: what a Gateway API inference picker reads."""
+    service: Service = http.app.state.service
+    return Response(service.metrics.render_routing(service.snapshot()), headers={"Content-Type": CONTENT_TYPE})
+
+
+ROUTES = [
+    Route("/v1/completions", completions, methods=["POST"]),
+    Route("/v1/models", models),
+    Route("/v1/models/{name:path}", model),
+    Route("/health", health),
+    Route("/ready", ready),
+    Route("/metrics", metrics),
+    Route("/metrics/routing", routing),
+]

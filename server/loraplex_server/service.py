@@ -1,0 +1,214 @@
+"""What the server does for its callers, below HTTP: resolve an adapter, run a completion, list models, tell its state.
+
+Owns the meeting of engine, registry and metrics; knows no sockets and no headers.
+"""
+
+import asyncio
+import difflib
+import time
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import dataclass
+from typing import Any
+from uuid import uuid4
+
+from loraplex_registry.errors import UnknownAdapter
+from loraplex_registry.version import Version
+from loraplex_server.engine.engine import Delta
+from loraplex_server.engine.errors import InvalidRequest
+from loraplex_server.engine.request import FinishReason, Request
+from loraplex_server.loop import EngineLoop
+from loraplex_server.metrics import BASE, Metrics, ServedVersion, Snapshot
+from loraplex_server.openai import CompletionBody
+from loraplex_server.watch import RegistrySource, RegistryWatch
+
+
+@dataclass(frozen=True)
+class Job:
+    """A completion that was understood: its sequences, ``n`` for each prompt, and the version that answers."""
+
+    id: str
+    created: int  # Unix seconds
+    model: str
+    version: Version | None  # None: the base
+    requests: list[Request]
+    prompt_texts: list[str]  # one a request
+    n: int
+
+    @property
+    def label(self) -> str:
+        """The value of the metrics' adapter label."""
+        return self.version.name if self.version else BASE
+
+
+class Service:
+    """One base, one registry, one engine."""
+
+    def __init__(self, loop: EngineLoop, registry: RegistrySource, metrics: Metrics) -> None:
+        self.loop = loop
+        self.engine = loop.engine
+        self.base = loop.engine.base
+        self.registry = registry
+        self.metrics = metrics
+        self.started = int(time.time())
+        self.watch = RegistryWatch(registry, self._alias_moved)
+        self._versions: dict[str, Version] = {}  # by digest: what was resolved here
+        metrics.observe_state(self.snapshot)
+
+    def resolve(self, body: CompletionBody) -> Version | None:
+        """The adapter version a body asks for, or None for the base. Called off the event loop.
+
+        Raises:
+            InvalidRequest: adapter and model contradict each other.
+            loraplex_registry.errors.RegistryError: the reference is malformed or unknown, or the registry is away.
+        """
+        if body.adapter is not None:
+            if body.model not in (None, self.base.id, body.adapter):
+                raise InvalidRequest(
+                    f"model is {body.model!r} and adapter is {body.adapter!r}; "
+                    f"expected model to be the base {self.base.id!r}, the same adapter, or left out",
+                    "model",
+                )
+            return self._remember(self.registry.resolve(body.adapter))
+        if body.model is None or body.model == self.base.id:
+            return None
+        return self._remember(self._resolve_model(body.model))
+
+    def job(self, body: CompletionBody, version: Version | None) -> Job:
+        """Make the sequences of a completion.
+
+        Raises:
+            InvalidRequest: a parameter is out of range, or the prompt cannot be served.
+        """
+        job_id, now = f"cmpl-{uuid4().hex}", time.monotonic()
+        digest = version.digest if version else None
+        requests, texts = [], []
+        for at, prompt in enumerate(body.prompts):
+            ids = self.base.tokenizer(prompt).input_ids if isinstance(prompt, str) else list(prompt)
+            text = prompt if isinstance(prompt, str) else (self.base.tokenizer.decode(ids) if body.echo else "")
+            for i in range(body.n):
+                params = body.params if body.seed is None else body.model_copy(update={"seed": body.seed + i}).params
+                request = Request(f"{job_id}-{at * body.n + i}", list(ids), params, digest, now)
+                self.engine.check(request)
+                requests.append(request)
+                texts.append(text)
+        model = body.model or body.adapter or self.base.id
+        return Job(job_id, int(time.time()), model, version, requests, texts, body.n)
+
+    async def run(self, job: Job) -> AsyncIterator[Delta]:
+        """The deltas of all sequences of a job as they come; every stage of each is measured.
+
+        Raises:
+            Exception: what the first failing sequence failed with.
+        """
+        last: dict[str, float] = {}
+        first: dict[str, float] = {}
+        open_requests = {request.id for request in job.requests}
+        try:
+            async for delta in self.loop.stream(job.requests):
+                now, request = time.monotonic(), delta.request
+                if request.id in last:
+                    self.metrics.inter_token(job.label, now - last[request.id])
+                last[request.id] = now
+                first.setdefault(request.id, now - request.arrived_at)
+                if delta.finished:
+                    open_requests.discard(request.id)
+                    self._finished(job, request, first[request.id])
+                yield delta
+        except (GeneratorExit, asyncio.CancelledError):  # the client went away
+            for request in job.requests:
+                if request.id in open_requests:
+                    self._finished(job, request, first.get(request.id), FinishReason.ABORT)
+            raise
+
+    def models(self) -> list[dict[str, Any]]:
+        """The base, then each adapter as a bare name finds it. Called off the event loop."""
+        aliases = self.registry.aliases()
+        return [self._base_card()] + [
+            self._adapter_card(self.registry.resolve(newest.name), aliases.get(newest.name, {}))
+            for newest in self.registry.list()
+        ]
+
+    def model(self, name: str) -> dict[str, Any]:
+        """One entry of models, by any reference. Raises RegistryError."""
+        if name == self.base.id:
+            return self._base_card()
+        version = self._resolve_model(name)
+        return {**self._adapter_card(version, self.registry.aliases().get(version.name, {})), "id": name}
+
+    def snapshot(self) -> Snapshot:
+        """How things stand, for the metrics. Safe from any thread."""
+        engine, residency = self.engine, self.engine.residency
+        running, waiting = list(engine.scheduler.running), list(engine.scheduler.waiting)
+        on_device = residency.on_device
+        wanted = {r.adapter for r in waiting if r.adapter and r.adapter not in on_device}
+        return Snapshot(
+            requests_running=len(running),
+            requests_waiting=len(waiting),
+            kv_cache_usage=engine.pages.usage,
+            kv_block_tokens=engine.pages.page_tokens,
+            kv_blocks=engine.pages.pages,
+            resident={"device": len(on_device), "host": len(residency.in_host)},
+            slots={"device": residency.device_slots, "host": residency.host_slots},
+            served=tuple(
+                ServedVersion(v.name, str(v.number), v.digest) for d in on_device if (v := self._versions.get(d))
+            ),
+            max_loras=residency.device_slots,
+            running_adapters=self._names(on_device),
+            waiting_adapters=self._names(wanted),
+            registry_up=self.watch.up,
+            registry_sync_lag_seconds=self.watch.lag_seconds,
+        )
+
+    def _finished(
+        self, job: Job, request: Request, first_token_seconds: float | None, reason: FinishReason | None = None
+    ) -> None:
+        started = request.started_at
+        self.metrics.request_finished(
+            job.label,
+            str(reason or request.finish_reason),
+            len(request.prompt_ids),
+            len(request.output_ids),
+            None if started is None else started - request.arrived_at,
+            first_token_seconds,
+            time.monotonic() - request.arrived_at,
+        )
+
+    def _resolve_model(self, name: str) -> Version:
+        try:
+            return self.registry.resolve(name)
+        except UnknownAdapter as error:  # it may have meant the base
+            near = difflib.get_close_matches(name, [n for n in (error.nearest, self.base.id) if n], 1)
+            raise UnknownAdapter(name, near[0] if near else error.nearest) from error
+
+    def _remember(self, version: Version) -> Version:
+        self._versions[version.digest] = version
+        return version
+
+    def _alias_moved(self, version: Version) -> None:
+        if any(v.name == version.name for v in self._versions.values()):  # it is in use here
+            self._remember(version)
+            self.loop.warm(version.digest)
+
+    def _names(self, digests: Iterable[str]) -> tuple[str, ...]:
+        return tuple(sorted({v.name for digest in digests if (v := self._versions.get(digest))}))
+
+    def _base_card(self) -> dict[str, Any]:
+        base = self.base
+        return self._card(
+            base.id, None, digest=base.fingerprint, version=None, aliases={}, quantization=base.quantization
+        )
+
+    def _adapter_card(self, version: Version, aliases: dict[str, int]) -> dict[str, Any]:
+        what = {"digest": version.digest, "version": version.number, "aliases": aliases, "rank": version.rank}
+        return self._card(version.name, self.base.id, **what)
+
+    def _card(self, name: str, parent: str | None, **more: Any) -> dict[str, Any]:
+        return {
+            "id": name,
+            "object": "model",
+            "created": self.started,
+            "owned_by": "loraplex",
+            "parent": parent,
+            "max_model_len": self.engine.max_tokens,
+            **more,
+        }

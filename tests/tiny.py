@@ -1,0 +1,83 @@
+"""Makes what the tests serve: tiny random base models with a byte-level tokenizer, and LoRA adapters for them."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+EOS = 0
+_COMMON = {"vocab_size": 320, "bos_token_id": None, "eos_token_id": EOS, "pad_token_id": None}
+_LLAMA_LIKE = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": _LLAMA_LIKE,
+    "mistral": {**_LLAMA_LIKE, "sliding_window": None},
+    "mistral-window": {**_LLAMA_LIKE, "sliding_window": 16},
+    "qwen2": _LLAMA_LIKE,
+    "qwen3": {**_LLAMA_LIKE, "head_dim": 16},
+    "gemma2": {**_LLAMA_LIKE, "head_dim": 16, "sliding_window": 16},
+    "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256},
+    "opt": {
+        "hidden_size": 64,
+        "ffn_dim": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 256,
+        "word_embed_proj_dim": 64,
+    },
+    "bloom": {"hidden_size": 64, "n_layer": 2, "n_head": 4},
+}
+
+
+def make_base(folder: Path, family: str = "llama", seed: int = 0, **overrides: Any) -> Path:
+    """A random model of a family with a byte-level BPE; its weights are spread so that greedy answers differ."""
+    _tokenizer().save_pretrained(folder)
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(family.split("-")[0], **{**_COMMON, **FAMILIES[family], **overrides})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(4)
+    model.save_pretrained(folder)
+    return folder
+
+
+def make_adapter(
+    folder: Path, base: Path, rank: int = 4, targets: str | list[str] = "all-linear", seed: int = 1, **lora: Any
+) -> Path:
+    """A random LoRA adapter, strong enough to change every answer, as peft saves it."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    lora.setdefault("fan_in_fan_out", model.config.model_type == "gpt2")
+    config = LoraConfig(r=rank, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM", **lora)
+    adapted = get_peft_model(model, config)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.mul_(4)
+    adapted.save_pretrained(folder)
+    return folder
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=_COMMON["vocab_size"], special_tokens=["<eos>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(
+        ["the quick brown fox jumps over the lazy dog again and again and again"] * 2, trainer
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
