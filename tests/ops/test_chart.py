@@ -1,0 +1,512 @@
+"""The chart through real Helm: it lints, renders valid and restricted manifests, and refuses what it does not know."""
+
+import copy
+import importlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+EXTRA = "pip install 'loraplex[ops]'"
+helm = pytest.importorskip("helm_python", reason=EXTRA)
+kubernetes_validate = pytest.importorskip("kubernetes_validate", reason=EXTRA)
+yaml = pytest.importorskip("yaml", reason=EXTRA)
+
+KUBERNETES = ("1.30", "1.34")  # the chart's floor, and a recent one
+CUSTOM = {"PodMonitor", "ServiceMonitor", "PrometheusRule", "InferencePool"}  # kinds of CRDs: no schema at hand
+
+EVERYTHING = {
+    "fullnameOverride": "lp",
+    "image": {"tag": "1.2.3", "pullSecrets": ["regcred"]},
+    "model": {
+        "revision": "v1: final",
+        "cache": {"persistent": True, "accessMode": "ReadWriteMany", "storageClass": "nfs"},
+    },
+    "lora": {"maxLoras": 4, "maxHostLoras": 32, "maxRank": 16},
+    "server": {
+        "replicas": 2,
+        "maxModelLen": 1_048_576,
+        "maxRows": 16,
+        "maxQueue": 64,
+        "kvCacheBytes": 68_719_476_736,
+        "apiKeys": {"existingSecret": "keys"},
+        "nodeSelector": {"disk": "ssd"},
+        "tolerations": [{"key": "gpu", "operator": "Exists"}],
+        "affinity": {"nodeAffinity": {}},
+        "podAnnotations": {"note": "yes"},
+        "podLabels": {"team": "ml"},
+        "extraEnv": [{"name": "HF_ENDPOINT", "value": "https://hub.example.com"}],
+        "service": {"type": "LoadBalancer", "port": 80, "annotations": {"a": "b"}},
+    },
+    "registry": {
+        "tokens": {"existingSecret": "tokens"},
+        "serverToken": {"existingSecret": "server-token"},
+        "storage": {"storageClass": "fast"},
+        "nodeSelector": {"disk": "ssd"},
+        "tolerations": [{"operator": "Exists"}],
+    },
+    "hfToken": {"existingSecret": "hf"},
+    "autoscaling": {"type": "hpa"},
+    "gateway": {"inferencePool": {"enabled": True}},
+    "metrics": {
+        "podMonitor": {"enabled": True, "labels": {"release": "prometheus"}},
+        "rules": {"enabled": True, "labels": {"release": "prometheus"}},
+        "dashboards": {"enabled": True},
+    },
+    "networkPolicy": {
+        "serverFrom": [{"namespaceSelector": {"matchLabels": {"team": "ml"}}}],
+        "registryFrom": [{"podSelector": {"matchLabels": {"app": "trainer"}}}],
+        "extraEgress": [{"ports": [{"protocol": "TCP", "port": 3128}]}],
+    },
+    "serviceAccount": {"annotations": {"a": "b"}},
+    "extraObjects": [
+        {
+            "apiVersion": "v1",
+            "kind": "ConfigMap",
+            "metadata": {"name": "object"},
+            "data": {"at": "{{ .Release.Name }}"},
+        },
+        "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: text}\ndata: {at: '{{ .Release.Namespace }}'}",
+    ],
+}
+VALUE_SETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "everything": EVERYTHING,
+    "minimal": {
+        "networkPolicy": {"enabled": False},
+        "podDisruptionBudget": {"enabled": False},
+        "serviceAccount": {"create": False},
+        "server": {"topologySpread": {"enabled": False}},
+    },
+    "external registry": {
+        "registry": {
+            "enabled": False,
+            "externalUrl": "https://adapters.example.com",
+            "serverToken": {"existingSecret": "t"},
+        },
+        "networkPolicy": {"allowDownloads": False},
+    },
+    "external registry at a port": {"registry": {"enabled": False, "externalUrl": "http://adapters.example.com:9000"}},
+    "gpu": {"server": {"device": "cuda", "gpu": {"count": 1, "runtimeClassName": "nvidia"}}},
+    "hpa": {"autoscaling": {"type": "hpa", "minReplicas": 2, "maxReplicas": 8}},
+    "existing claims": {
+        "model": {"cache": {"persistent": True, "existingClaim": "models"}},
+        "registry": {"storage": {"existingClaim": "adapters"}},
+    },
+    "one node": {"model": {"cache": {"persistent": True}}, "metrics": {"serviceMonitor": {"enabled": True}}},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(root: Path) -> Path:
+    return root / "helm/loraplex"
+
+
+@pytest.fixture(scope="module")
+def chart(folder: Path) -> Iterator[Any]:
+    with helm.Chart.load(folder) as loaded:
+        yield loaded
+
+
+def render(chart: Any, values: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+    rendered = chart.render(values or {}, name="rel", namespace="ns")
+    texts = [text for name, text in rendered.items() if not name.endswith("NOTES.txt")]
+    return [document for text in texts for document in yaml.safe_load_all(text) if document]
+
+
+def find(documents: list[dict[str, Any]], kind: str, ending: str = "") -> dict[str, Any]:
+    (found,) = (d for d in documents if d["kind"] == kind and d["metadata"]["name"].endswith(ending))
+    return found
+
+
+def pods(documents: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(name, pod spec) of all that run a pod."""
+    for document in documents:
+        if document["kind"] in ("Deployment", "StatefulSet"):
+            yield document["metadata"]["name"], document["spec"]["template"]["spec"]
+        elif document["kind"] == "Pod":
+            yield document["metadata"]["name"], document["spec"]
+
+
+def server(documents: list[dict[str, Any]]) -> dict[str, Any]:
+    return find(documents, "Deployment")["spec"]["template"]["spec"]
+
+
+every_value_set = pytest.mark.parametrize("values", VALUE_SETS.values(), ids=VALUE_SETS)
+
+
+@every_value_set
+def test_it_lints_without_a_word(folder: Path, values: dict[str, Any]):
+    report = helm.lint(folder, values, strict=True)
+    assert (report["messages"], report["errors"]) == ([], [])
+
+
+@every_value_set
+def test_every_manifest_is_valid(chart: Any, values: dict[str, Any]):
+    documents = render(chart, values)
+    assert {"Deployment", "Service", "Pod"} <= {document["kind"] for document in documents}
+    names = [(document["kind"], document["metadata"]["name"]) for document in documents]
+    assert len(names) == len(set(names))
+    for document in documents:
+        if document["kind"] not in CUSTOM:
+            for version in KUBERNETES:
+                kubernetes_validate.validate(document, version, strict=True)
+
+
+@every_value_set
+def test_every_pod_is_restricted(chart: Any, values: dict[str, Any]):
+    for name, pod in pods(render(chart, values)):
+        assert pod["automountServiceAccountToken"] is False, name
+        assert pod["enableServiceLinks"] is False, name
+        assert pod["securityContext"]["runAsNonRoot"] is True, name
+        assert pod["securityContext"]["runAsUser"] > 0, name
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}, name
+        assert not {"hostNetwork", "hostPID", "hostIPC"} & set(pod), name
+        kinds = {kind for volume in pod["volumes"] for kind in volume if kind != "name"}
+        assert kinds <= {"emptyDir", "secret", "persistentVolumeClaim"}, name
+        for container in pod["containers"]:
+            security = container["securityContext"]
+            assert security["readOnlyRootFilesystem"] is True
+            assert security["allowPrivilegeEscalation"] is False
+            assert security["privileged"] is False
+            assert security["capabilities"] == {"drop": ["ALL"]}
+            assert container["resources"]["limits"]["memory"]
+            mounted = {mount["name"] for mount in container["volumeMounts"]}
+            assert mounted == {volume["name"] for volume in pod["volumes"]}
+            assert any(mount["mountPath"] == "/tmp" for mount in container["volumeMounts"])
+
+
+def test_the_user_is_the_images_user(chart: Any, root: Path):
+    (user,) = re.findall(r"^USER (\d+):\d+$", (root / "Dockerfile").read_text(), re.MULTILINE)
+    assert {pod["securityContext"]["runAsUser"] for _, pod in pods(render(chart))} == {int(user)}
+
+
+@every_value_set
+def test_selectors_find_their_own_pods_alone(chart: Any, values: dict[str, Any]):
+    documents = render(chart, values)
+    labels = {
+        d["metadata"]["name"]: d["spec"].get("template", d)["metadata"]["labels"]
+        for d in documents
+        if d["kind"] in ("Deployment", "StatefulSet", "Pod")
+    }
+    for document in documents:
+        if document["kind"] == "Service":
+            wanted = document["spec"]["selector"].items()
+            found = [name for name, own in labels.items() if wanted <= own.items()]
+            assert found == [document["metadata"]["name"]]
+
+
+def test_a_values_file_with_every_default_is_accepted(chart: Any, folder: Path):
+    chart.validate_schema(yaml.safe_load((folder / "values.yaml").read_text()))
+
+
+def leaves(values: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    for key, value in values.items():
+        yield from leaves(value, (*path, key)) if isinstance(value, dict) and value else [(*path, key)]
+
+
+def test_every_default_stands_in_the_schema_and_the_other_way_round(folder: Path):
+    schema = json.loads((folder / "values.schema.json").read_text())
+
+    def resolved(part: dict[str, Any]) -> dict[str, Any]:
+        return schema["definitions"][part["$ref"].rpartition("/")[2]] if "$ref" in part else part
+
+    def compare(part: dict[str, Any], values: dict[str, Any], path: str) -> None:
+        part = resolved(part)
+        if "properties" not in part or "probes" in path or "resources" in path:
+            return
+        assert part["additionalProperties"] is False, path
+        assert set(part["properties"]) - {"global"} == set(values), path
+        for key, value in values.items():
+            compare(part["properties"][key], value, f"{path}.{key}")
+
+    compare(schema, yaml.safe_load((folder / "values.yaml").read_text()), "values")
+
+
+def another(value: Any, path: tuple[str, ...]) -> Any:
+    """A value of the same type that differs and that the schema takes."""
+    choices = {"quantization": "none", "accessMode": "ReadWriteMany", "pullPolicy": "Always", "device": "cpu"}
+    choices |= {
+        "dtype": "float32",
+        "whenUnsatisfiable": "DoNotSchedule",
+        "type": "NodePort",
+        "failureMode": "FailClose",
+    }
+    choices |= {"externalUrl": "http://elsewhere", "size": "7Gi", "interval": "7s", "cpu": "7", "memory": "7Gi"}
+    if path == ("autoscaling", "type"):
+        return "hpa"
+    if path[-1] in choices:
+        return choices[path[-1]]
+    match value:
+        case bool():
+            return not value
+        case int() | None:
+            return 7
+        case str():
+            return "another"
+        case dict():
+            return {"another": "one"}
+        case _:
+            return ["another"] if path[-1] == "pullSecrets" else [{"name": "another"}]
+
+
+def test_every_value_changes_what_is_rendered(chart: Any):
+    """A value that changes nothing, in any of the value sets, is a promise that nobody keeps."""
+
+    def rendered(values: dict[str, Any]) -> str | dict[str, str]:
+        try:
+            chart.validate_schema(values)
+            documents = chart.render(values, name="rel", namespace="ns")
+        except helm.HelmRenderError as refused:  # by the chart's own words: then the value is looked at
+            return str(refused)
+        return {name: text for name, text in documents.items() if not name.endswith("NOTES.txt")}
+
+    before = [(values, rendered(values)) for values in VALUE_SETS.values()]
+    defaults = chart.values
+    for path in leaves(defaults):
+
+        def changed(values: dict[str, Any], path: tuple[str, ...] = path) -> dict[str, Any]:
+            whole = part = copy.deepcopy(values)
+            default = defaults
+            for key in path[:-1]:
+                part, default = part.setdefault(key, {}), default[key]
+            part[path[-1]] = another(default[path[-1]], path)
+            return whole
+
+        assert any(rendered(changed(values)) != first for values, first in before), ".".join(path)
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"modle": {}}, "modle"),
+        ({"model": {"nmae": "x"}}, "nmae"),
+        ({"server": {"probes": {"liveness": {"period": 3}}}}, "period"),
+        ({"server": {"replicas": "three"}}, "replicas"),
+        ({"server": {"port": 70000}}, "port"),
+        ({"model": {"quantization": "int3"}}, "quantization"),
+        ({"lora": {"maxRank": 512}}, "maxRank"),
+        ({"registry": {"externalUrl": "adapters"}}, "externalUrl"),
+        ({"autoscaling": {"type": "keda"}}, "type"),
+        ({"server": {"apiKeys": {"existingSecret": "Not A Name"}}}, "existingSecret"),
+        ({"server": {"kvCacheBytes": "4Gi"}}, "kvCacheBytes"),
+    ],
+    ids=str,
+)
+def test_a_wrong_value_is_refused_by_its_name(chart: Any, values: dict[str, Any], named: str):
+    with pytest.raises(helm.HelmError, match=named):
+        chart.validate_schema(values)
+    with pytest.raises(helm.HelmError, match=named):
+        render(chart, values)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"registry": {"externalUrl": "http://x"}}, "set registry.enabled=false to use another registry"),
+        ({"registry": {"enabled": False}}, "name the registry to use in registry.externalUrl"),
+        ({"registry": {"tokens": {"existingSecret": "t"}}}, "registry.serverToken.existingSecret is empty"),
+        ({"server": {"replicas": 2}, "model": {"cache": {"persistent": True}}}, "set ReadWriteMany"),
+        ({"autoscaling": {"type": "hpa"}, "model": {"cache": {"persistent": True}}}, "set ReadWriteMany"),
+        ({"autoscaling": {"type": "hpa", "minReplicas": 5}}, "autoscaling.minReplicas is greater"),
+        ({"server": {"drain": {"preStopSeconds": 150}}}, "leaves nothing"),
+        (
+            {"metrics": {"podMonitor": {"enabled": True}, "serviceMonitor": {"enabled": True}}},
+            "scrape every server twice",
+        ),
+    ],
+    ids=str,
+)
+def test_values_that_contradict_each_other_are_refused_in_words(chart: Any, values: dict[str, Any], said: str):
+    with pytest.raises(helm.HelmError, match=re.escape(said)):
+        render(chart, values)
+
+
+def test_probes_ask_what_each_is_for(chart: Any):
+    (container,) = server(render(chart))["containers"]
+    paths = {kind: container[f"{kind}Probe"]["httpGet"]["path"] for kind in ("startup", "readiness", "liveness")}
+    assert paths == {"startup": "/health", "readiness": "/ready", "liveness": "/health"}
+    startup = container["startupProbe"]
+    assert startup["periodSeconds"] * startup["failureThreshold"] >= 1800  # a large base is downloaded first
+
+
+def test_every_path_that_the_chart_asks_is_a_route(chart: Any):
+    routes = pytest.importorskip("loraplex_server.routes", reason="pip install 'loraplex[serve]'").ROUTES
+    registry = importlib.import_module("loraplex_registry.http")
+    served = {
+        "server": {route.path for route in routes},
+        "registry": set(re.findall(r'Route\("([^"]+)"', Path(registry.__file__ or "").read_text())),
+    }
+    documents = render(chart, EVERYTHING)
+    for _, pod in pods(documents):
+        for container in pod["containers"]:
+            for probe in (container[key] for key in container if key.endswith("Probe")):
+                assert probe["httpGet"]["path"] in served[container["name"]]
+    for endpoint in find(documents, "PodMonitor")["spec"]["podMetricsEndpoints"]:
+        assert endpoint["path"] in served["server"]
+    for path in re.findall(r'get\("([^"]+)"\)', json.dumps(find(documents, "Pod")).replace('\\"', '"')):
+        assert path in served["server"]
+
+
+def test_the_drain_fits_into_the_grace_period(chart: Any, root: Path):
+    """preStop and the server's own wait for streams both count against the grace period; then the kernel kills."""
+    pod = server(render(chart))
+    source = (root / "server/loraplex_server/__main__.py").read_text()
+    (streams,) = map(int, re.findall(r"timeout_graceful_shutdown=(\d+)", source))
+    pause = pod["containers"][0]["lifecycle"]["preStop"]["sleep"]["seconds"]
+    assert 15 <= pause <= 30
+    assert pause + streams < pod["terminationGracePeriodSeconds"]
+
+
+@pytest.mark.parametrize("name", ["server", "registry"])
+def test_every_argument_is_an_option_that_the_program_takes(chart: Any, name: str):
+    if name == "server":
+        command = pytest.importorskip("loraplex_server.__main__", reason="pip install 'loraplex[serve]'").serve
+    else:
+        command = importlib.import_module("loraplex_registry.cli").cli.commands["serve"]
+    parameters = {option: parameter for parameter in command.params for option in parameter.opts}
+    context = click.Context(command)
+    for values in VALUE_SETS.values():
+        for _, pod in pods(render(chart, values)):
+            (container,) = pod["containers"]
+            for argument in container["args"] if container["name"] == name else ():
+                option, _, value = argument.partition("=")
+                assert option in parameters, f"{name} has no option {option}"
+                if not value.startswith("/etc/loraplex/"):  # a mounted file: not here
+                    parameters[option].type_cast_value(context, value)  # raises when the program would
+
+
+def test_an_option_that_is_left_null_is_left_to_the_server(chart: Any):
+    (container,) = server(render(chart))["containers"]
+    assert not [a for a in container["args"] if re.match("--(max-model-len|max-rows|max-queue|kv-cache-bytes)", a)]
+
+
+def test_large_numbers_stay_whole(chart: Any):
+    (container,) = server(render(chart, EVERYTHING))["containers"]
+    assert {"--max-model-len=1048576", "--kv-cache-bytes=68719476736"} <= set(container["args"])
+
+
+def test_text_from_values_stays_text(chart: Any):
+    (container,) = server(render(chart, EVERYTHING))["containers"]
+    assert "--revision=v1: final" in container["args"]
+
+
+def test_secrets_are_read_where_they_are_kept(chart: Any):
+    documents = render(chart, EVERYTHING)
+    pod = server(documents)
+    env = {entry["name"]: entry for entry in pod["containers"][0]["env"]}
+    assert env["HF_TOKEN"]["valueFrom"]["secretKeyRef"] == {"name": "hf", "key": "token"}
+    assert env["LORAPLEX_REGISTRY_TOKEN"]["valueFrom"]["secretKeyRef"] == {"name": "server-token", "key": "token"}
+    assert "--api-key-file=/etc/loraplex/api-keys" in pod["containers"][0]["args"]
+    assert [v["secret"]["secretName"] for v in pod["volumes"] if "secret" in v] == ["keys"]
+    assert not [d for d in documents if d["kind"] == "Secret"]
+
+
+def test_the_server_asks_the_registry_of_the_release_or_the_one_named(chart: Any):
+    def asked(values: dict[str, Any]) -> list[str]:
+        return [a for a in server(render(chart, values))["containers"][0]["args"] if a.startswith("--registry=")]
+
+    documents = render(chart)
+    port = find(documents, "Service", "-registry")["spec"]["ports"][0]["port"]
+    assert asked({}) == [f"--registry=http://rel-loraplex-registry:{port}"]
+    values = VALUE_SETS["external registry"]
+    assert asked(values) == ["--registry=https://adapters.example.com"]
+    assert not [d for d in render(chart, values) if d["kind"] in ("StatefulSet", "PersistentVolumeClaim")]
+
+
+@pytest.mark.parametrize(
+    ("values", "ports"),
+    [("default", {53, 8100, 443}), ("external registry", {53, 443}), ("external registry at a port", {53, 9000, 443})],
+)
+def test_the_server_may_reach_its_registry_and_little_else(chart: Any, values: str, ports: set[int]):
+    policy = find(render(chart, VALUE_SETS[values]), "NetworkPolicy", "-loraplex")
+    assert {port["port"] for rule in policy["spec"]["egress"] for port in rule["ports"]} == ports
+
+
+def test_the_registry_reaches_nobody_and_keeps_its_claim(chart: Any):
+    documents = render(chart)
+    assert find(documents, "NetworkPolicy", "-registry")["spec"]["egress"] == []
+    claim = find(documents, "PersistentVolumeClaim", "-registry")
+    assert claim["metadata"]["annotations"]["helm.sh/resource-policy"] == "keep"
+    assert find(documents, "StatefulSet")["spec"]["replicas"] == 1
+
+
+def test_a_gpu_is_asked_for_beside_the_other_limits(chart: Any):
+    pod = server(render(chart, VALUE_SETS["gpu"]))
+    assert pod["runtimeClassName"] == "nvidia"
+    assert pod["containers"][0]["resources"]["limits"] == {"memory": "8Gi", "nvidia.com/gpu": 1}
+
+
+def test_the_autoscaler_owns_the_number_of_replicas(chart: Any):
+    documents = render(chart, VALUE_SETS["hpa"])
+    assert "replicas" not in find(documents, "Deployment")["spec"]
+    scaler = find(documents, "HorizontalPodAutoscaler")["spec"]
+    assert scaler["scaleTargetRef"]["name"] == find(documents, "Deployment")["metadata"]["name"]
+    assert (scaler["minReplicas"], scaler["maxReplicas"]) == (2, 8)
+
+
+def test_a_volume_of_one_node_is_handed_over_not_shared(chart: Any):
+    assert find(render(chart, VALUE_SETS["one node"]), "Deployment")["spec"]["strategy"] == {"type": "Recreate"}
+
+
+def test_custom_resources_come_only_when_asked_for(chart: Any):
+    assert not CUSTOM & {document["kind"] for document in render(chart)}
+    assert CUSTOM - {"ServiceMonitor"} <= {document["kind"] for document in render(chart, EVERYTHING)}
+
+
+def test_the_rules_and_the_dashboard_travel_unchanged(chart: Any, folder: Path):
+    documents = render(chart, EVERYTHING)
+    rules = find(documents, "PrometheusRule")
+    assert rules["spec"] == yaml.safe_load((folder / "rules/loraplex.yaml").read_text())
+    board = find(documents, "ConfigMap", "-dashboards")
+    assert board["metadata"]["labels"]["grafana_dashboard"] == "1"
+    assert board["data"]["loraplex.json"] == (folder / "dashboards/loraplex.json").read_text()
+
+
+def test_the_pool_selects_the_servers_and_names_the_picker(chart: Any):
+    documents = render(chart, EVERYTHING)
+    pool, deployment = find(documents, "InferencePool")["spec"], find(documents, "Deployment")
+    labels = deployment["spec"]["template"]["metadata"]["labels"]
+    assert pool["selector"]["matchLabels"].items() <= labels.items()
+    assert labels["llm-d.ai/engine-type"] == "vllm"
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    assert pool["targetPorts"] == [{"number": port["containerPort"]} for port in container["ports"]]
+    assert pool["endpointPickerRef"]["name"] == "loraplex-epp"
+
+
+def test_extra_objects_may_use_templates(chart: Any):
+    documents = render(chart, EVERYTHING)
+    assert find(documents, "ConfigMap", "object")["data"] == {"at": "rel"}
+    assert find(documents, "ConfigMap", "text")["data"] == {"at": "ns"}
+
+
+def test_a_long_release_name_gives_names_that_kubernetes_takes(chart: Any):
+    rendered = chart.render({}, name="r" * 53, namespace="ns")
+    for text in (text for name, text in rendered.items() if not name.endswith("NOTES.txt")):
+        for document in filter(None, yaml.safe_load_all(text)):
+            assert len(document["metadata"]["name"]) <= 63
+
+
+def test_the_notes_say_what_is_open(chart: Any):
+    notes = chart.render({}, name="rel", namespace="ns")["loraplex/templates/NOTES.txt"]
+    assert "server.apiKeys.existingSecret" in notes
+    assert "registry.tokens.existingSecret" in notes
+    closed = chart.render(EVERYTHING, name="rel", namespace="ns")["loraplex/templates/NOTES.txt"]
+    assert "existingSecret" not in closed
+
+
+def test_the_chart_carries_the_projects_version(chart: Any, root: Path):
+    (version,) = re.findall(r'^version = "([^"]+)"', (root / "pyproject.toml").read_text(), re.MULTILINE)
+    assert chart.metadata["appVersion"] == version
+
+
+def test_every_value_that_the_page_names_exists(chart: Any, root: Path):
+    page = (root / "docs/kubernetes.md").read_text()
+    known = {".".join(path[:n]) for path in leaves(chart.values) for n in range(1, len(path) + 1)}
+    named = set(re.findall(rf"`((?:{'|'.join(chart.values)})\.[\w.]+)`", page))
+    assert named
+    assert named <= known, named - known
