@@ -6,10 +6,10 @@ from collections.abc import Callable
 from time import monotonic
 from typing import Protocol
 
-from loraplex_server.adapters.disk import AdapterSource
 from loraplex_registry.errors import RegistryError
 from loraplex_registry.reference import Reference
 from loraplex_registry.version import Version
+from loraplex_server.adapters.disk import AdapterSource
 
 log = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""The oracle: what peft gives for one request alone, `set_adapter` then plain greedy `generate`, is what the engine gives."""
+"""The oracle: the engine gives what peft gives for one request alone, `set_adapter` then plain greedy `generate`."""
 
 import pytest
 import torch

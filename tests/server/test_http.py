@@ -212,7 +212,7 @@ def test_openai_sdk_works_unmodified(serve, registry, base_folder):
                 max_tokens=12,
                 stream=True,
                 stream_options={"include_usage": True},
-            )  # fmt: skip
+            )
         )
         assert "".join(chunk.choices[0].text for chunk in chunks[:-1]) == whole.choices[0].text
         assert chunks[-1].usage == whole.usage
@@ -221,9 +221,9 @@ def test_openai_sdk_works_unmodified(serve, registry, base_folder):
         assert "'rad'" in caught.value.message
         assert "'red'" in caught.value.message
         assert caught.value.code == "model_not_found"
-    with openai.OpenAI(base_url=f"{client.base_url}/v1", api_key="wrong", max_retries=0) as sdk:
-        with pytest.raises(openai.AuthenticationError):
-            sdk.models.list()
+    stranger = openai.OpenAI(base_url=f"{client.base_url}/v1", api_key="wrong", max_retries=0)
+    with stranger, pytest.raises(openai.AuthenticationError):
+        stranger.models.list()
 
 
 def test_keys_guard_the_api_and_nothing_else(serve):

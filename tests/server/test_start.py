@@ -88,7 +88,7 @@ def test_it_serves_and_stops_cleanly(environment, base_folder, how):
         answer = httpx.post(f"{found[1]}/v1/completions", json={"prompt": "the quick", "max_tokens": 3}, timeout=60)
         assert answer.status_code == 200
         process.send_signal(how)
-        out, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=60)
     finally:
         process.kill()
     assert process.returncode in (0, -how)
