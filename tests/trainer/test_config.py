@@ -1,0 +1,81 @@
+"""The run file: what is understood, and what is refused with which words."""
+
+from pathlib import Path
+
+import pytest
+
+from loraplex_trainer.config import known_keys, load_config
+from loraplex_trainer.errors import ConfigError
+
+
+def test_overrides_win_over_the_file_and_defaults_fill_the_rest(write_run):
+    config = load_config(write_run(), ["training.learning_rate=1e-3", "lora.target_modules=[q_proj, v_proj]"])
+    assert config.training.learning_rate == 1e-3
+    assert config.lora.target_modules == ("q_proj", "v_proj")
+    assert config.training.max_grad_norm == 1.0 and config.base.revision is None
+
+
+def test_a_number_in_scientific_notation_is_a_number_in_the_file_too(write_run):
+    """YAML 1.1 reads `3e-3` as text: the learning rate most people would write was refused as a string."""
+    path = write_run()
+    path.write_text(path.read_text().replace("learning_rate: 0.01", "learning_rate: 3e-3"))
+    assert load_config(path).training.learning_rate == 3e-3
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("training.learnin_rate=1", ["'training.learnin_rate'", "nearest", "'training.learning_rate'"]),
+        ("learning_rate=1", ["'learning_rate'", "'training.learning_rate'"]),
+        ("lora.r=8", ["'lora.r'"]),
+        ("lora.rank=many", ["lora.rank", '"many"', "a valid integer"]),
+        ("lora.rank='8'", ["lora.rank", '"8"', "a valid integer"]),
+        ("lora.rank=0", ["lora.rank", "0", "greater than 0"]),
+        ("lora.target_modules=5", ["lora.target_modules", "5", "'all-linear'"]),
+        ("base.quantization=int3", ["base.quantization", '"int3"', "'nf4' or 'none'"]),
+        ("training.schedule=", ["training.schedule", "null", "'cosine'"]),
+        ("training.learning_rate=.nan", ["training.learning_rate"]),
+        ("name=Quotes Tagger", ["name", "Quotes Tagger", "lowercase"]),
+        ("name=quotes:3", ["name", "quotes:3"]),
+        ("data.prompt='{quote} ->: '", ["data.prompt", "must not end in a space", "data.completion"]),
+        ("data.train=null", ["data.train", "null"]),
+        ("training.seed", ["training.seed", "key=value"]),
+        ("name.x=1", ["'name' is a value"]),
+    ],
+)
+def test_a_wrong_setting_is_named_with_its_value_and_what_was_expected(write_run, train, override, words):
+    result = train(write_run(), override, exit_code=2)
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    assert all(word in result.stderr for word in words), result.stderr
+
+
+def test_all_mistakes_of_a_file_are_told_at_once(write_run):
+    with pytest.raises(ConfigError) as refused:
+        load_config(write_run(training__epoch=3, lora__rank="x"))
+    assert "'training.epochs'" in str(refused.value) and "lora.rank" in str(refused.value)
+
+
+def test_a_missing_key_is_named(tmp_path: Path):
+    path = tmp_path / "run.yaml"
+    path.write_text("name: a\nbase: {model: b}\ndata: {prompt: x}\n")
+    with pytest.raises(ConfigError, match=r"'data\.train' is missing"):
+        load_config(path)
+
+
+@pytest.mark.parametrize("text", ["name: a\nname: b\n", "- 1\n", "name: [\n"])
+def test_a_file_that_is_not_one_mapping_is_refused(tmp_path: Path, text):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"run\.yaml"):
+        load_config(path)
+
+
+def test_a_metric_without_examples_is_refused(write_run):
+    with pytest.raises(ConfigError, match=r"evaluation\.metric.*data\.heldout"):
+        load_config(write_run(data__heldout=None, evaluation={"metric": "tag_f1"}))
+
+
+def test_every_key_is_documented():
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+    leaves = [key for key in known_keys() if not any(other.startswith(f"{key}.") for other in known_keys())]
+    assert [key for key in leaves if f"| `{key}` |" not in page] == []

@@ -1,0 +1,52 @@
+"""The command `loraplex train`: reads the run file, runs it, and says in one line what went wrong if anything did.
+
+Exit codes: 0 done; 1 failed on the way; 2 run file, data or checkpoint wrong, before any step; 130 and 143 stopped.
+"""
+
+import shlex
+import sys
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from loraplex_server.engine.errors import EngineError
+from loraplex_server.engine.upstream import quiet
+from loraplex_trainer.config import load_config
+from loraplex_trainer.errors import Interrupted, TrainerError
+
+
+@click.command()
+@click.argument("run_file", metavar="RUN_YAML", type=click.Path(path_type=Path))
+@click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1)
+@click.option("--resume", is_flag=True, help="Go on from the checkpoint of a run that was interrupted.")
+def train(run_file: Path, overrides: tuple[str, ...], resume: bool) -> None:
+    """Train one LoRA adapter as RUN_YAML says; KEY=VALUE sets a key, such as training.learning_rate=1e-3."""
+    console = Console(highlight=False)
+    go_on = shlex.join(["loraplex", "train", str(run_file), *overrides, "--resume"])
+    try:
+        config = load_config(run_file, overrides)
+        # torch and its kin take seconds to import: a mistake in the run file is answered before.
+        quiet()
+        from loraplex_trainer.run import train
+
+        folder = train(config, resume=resume, console=console)
+    except Interrupted as stop:
+        _end(f"{stop}; go on with: {go_on}", stop.exit_code)
+    except KeyboardInterrupt:
+        _end(f"interrupted; a run that had begun goes on with: {go_on}", 130)
+    except TrainerError as error:
+        _end(f"error: {error}", error.exit_code)
+    except (EngineError, OSError) as error:
+        _end(f"error: {error}", 1)
+    else:
+        console.print(f"adapter: {folder}\nnext:    registry push {config.name}", markup=False, soft_wrap=True)
+
+
+def _end(message: str, exit_code: int) -> None:
+    click.echo(" ".join(message.split()), err=True)
+    sys.exit(exit_code)
+
+
+if __name__ == "__main__":
+    train(prog_name="loraplex train")

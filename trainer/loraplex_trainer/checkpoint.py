@@ -1,0 +1,113 @@
+"""The resumable state of a run: adapter weights, optimizer, random state and progress, as safetensors and JSON.
+
+Owns the folder `<output>/<name>/.checkpoint`. No pickle: reading a checkpoint runs no code.
+"""
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from loraplex_trainer.errors import CheckpointError
+
+FORMAT = "loraplex.checkpoint/1"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is. The data order follows from the seed and `step`, so neither it nor a position is stored."""
+
+    step: int
+    losses: tuple[float, ...]  # one for each step done
+    wall_seconds: float
+    run: dict[str, Any]  # what the run is about: a checkpoint of another run is not resumed
+
+
+def save_checkpoint(
+    folder: Path, progress: Progress, parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer
+) -> None:
+    """Writes beside, then swaps: a crash leaves the previous checkpoint or the new one, whole."""
+    tensors = {f"adapter/{name}": parameter.detach() for name, parameter in parameters.items()}
+    for name, parameter in parameters.items():
+        tensors |= {f"optimizer/{key}/{name}": value for key, value in optimizer.state[parameter].items()}
+    tensors["random/cpu"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        tensors["random/cuda"] = torch.cuda.get_rng_state()
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, partial / "state.safetensors")
+    document = {"format": FORMAT, **vars(progress)}
+    (partial / "progress.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
+    swap_in(partial, folder)
+
+
+def load_progress(folder: Path) -> Progress:
+    """Raises CheckpointError when there is no checkpoint, or not one this version reads."""
+    finish_swap(folder)
+    try:
+        document = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"nothing to resume: there is no checkpoint in {folder}") from error
+    except ValueError as error:
+        raise CheckpointError(f"the checkpoint {folder} is damaged: {error}") from error
+    if document.pop("format", None) != FORMAT:
+        raise CheckpointError(f"the checkpoint {folder} is not of the format {FORMAT}")
+    return Progress(**(document | {"losses": tuple(document["losses"])}))
+
+
+def restore_state(
+    folder: Path, parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer, device: torch.device
+) -> None:
+    """Puts weights, optimizer state and random state back as they were saved."""
+    try:
+        tensors = load_file(folder / "state.safetensors", device=str(device))
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"the checkpoint {folder} is damaged: {error}") from error
+    expected = {f"adapter/{name}" for name in parameters}
+    if expected != {key for key in tensors if key.startswith("adapter/")}:
+        raise CheckpointError(f"the checkpoint {folder} holds an adapter of other modules")
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    with torch.no_grad():
+        for index, (name, parameter) in enumerate(parameters.items()):
+            parameter.copy_(tensors[f"adapter/{name}"])
+            keys = [key for key in tensors if key.startswith("optimizer/") and key.split("/", 2)[2] == name]
+            state[index] = {key.split("/", 2)[1]: tensors[key] for key in keys}
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    torch.set_rng_state(tensors["random/cpu"].cpu())
+    if "random/cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["random/cuda"].cpu())
+
+
+def swap_in(partial: Path, folder: Path) -> None:
+    """Makes `partial` be `folder`; what was there is removed afterwards. Both are synced to disk first."""
+    for path in [*partial.rglob("*"), partial]:
+        _sync(path)
+    old = folder.with_name(f"{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    partial.rename(folder)
+    _sync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def finish_swap(folder: Path) -> None:
+    """A crash between the two renames of swap_in leaves only the old folder: it is the good one."""
+    old = folder.with_name(f"{folder.name}.old")
+    if old.exists() and not folder.exists():
+        old.rename(folder)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

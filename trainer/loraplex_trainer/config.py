@@ -1,0 +1,225 @@
+"""The run file: one frozen object with every setting of a training run, read from YAML and `key=value` overrides.
+
+A default is written here and nowhere else. Knows no torch: a bad run file is refused before anything is loaded.
+"""
+
+import difflib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import ErrorDetails
+
+from loraplex_registry.reference import check_name
+from loraplex_trainer.errors import ConfigError
+
+Ratio = Annotated[float, Field(ge=0.0, le=1.0)]
+Targets = Annotated[tuple[str, ...], Field(min_length=1)]
+
+
+class Section(BaseModel):
+    """A group of keys. Strict: a quoted number is a mistake, not a number."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class BaseSection(Section):
+    model: str = Field(min_length=1)
+    revision: str | None = None
+    quantization: Literal["nf4", "none"] = "nf4"
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    @property
+    def load_options(self) -> dict[str, Any]:
+        """The arguments of `loraplex_server.engine.model.load_base`."""
+        return {"id_or_path": self.model, **self.model_dump(exclude={"model"})}
+
+
+class DataSection(Section):
+    train: Path
+    heldout: Path | None = None
+    prompt: str = "{prompt}"
+    completion: str = "{completion}"
+    max_tokens: int = Field(default=512, ge=3)
+
+    @field_validator("prompt")
+    @classmethod
+    def _ends_at_a_token_boundary(cls, prompt: str) -> str:
+        if prompt.endswith((" ", "\t")):
+            raise ValueError(
+                "it must not end in a space: tokenizers join a space to the word after it, so the model would be served"
+                " another last token than it was trained on; let data.completion begin with the space"
+            )
+        return prompt
+
+
+class LoraSection(Section):
+    rank: PositiveInt = 16
+    alpha: PositiveInt = 32
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    target_modules: Literal["all-linear"] | Targets = "all-linear"
+    rslora: bool = False
+
+
+class TrainingSection(Section):
+    epochs: PositiveFloat = 3
+    max_steps: PositiveInt | None = None
+    batch_size: PositiveInt = 16
+    accumulation_steps: PositiveInt = 1
+    learning_rate: PositiveFloat = 1.0e-3
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_ratio: Ratio = 0.05
+    weight_decay: NonNegativeFloat = 0.0
+    max_grad_norm: PositiveFloat = 1.0
+    seed: int = Field(default=42, ge=0, lt=2**63)
+    save_every_steps: PositiveInt = 50
+    log_every_steps: PositiveInt = 5
+
+
+class EvaluationSection(Section):
+    metric: Literal["tag_f1", "exact_match", "none"] = "none"
+    max_tokens: PositiveInt = 32
+
+
+class RunConfig(Section):
+    """Every setting of one run. Paths are relative to the folder the command is started in."""
+
+    name: str
+    base: BaseSection
+    data: DataSection
+    lora: LoraSection = LoraSection()
+    training: TrainingSection = TrainingSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    output: Path = Path("adapters")
+    continue_from: str | None = None
+    registry: str | None = None
+
+    @field_validator("name")
+    @classmethod
+    def _is_a_registry_name(cls, name: str) -> str:
+        return check_name(name)
+
+    @model_validator(mode="after")
+    def _metric_has_examples(self) -> Self:
+        if self.evaluation.metric != "none" and self.data.heldout is None:
+            raise ValueError(f"evaluation.metric: {self.evaluation.metric!r} needs examples: set data.heldout")
+        return self
+
+    @property
+    def folder(self) -> Path:
+        """Where the finished adapter lies."""
+        return self.output / self.name
+
+    @property
+    def examples_per_step(self) -> int:
+        return self.training.batch_size * self.training.accumulation_steps
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Reads a run file and applies overrides such as `training.learning_rate=1e-3` (the value is YAML).
+
+    Raises ConfigError, naming the key, its value and what was expected; for an unknown key, the nearest known one.
+    """
+    try:
+        settings = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{path}: a mapping of keys to values is expected")
+    for override in overrides:
+        _apply(settings, override)
+    try:
+        # Through JSON, where strict validation still takes a string for a path and a list for a tuple.
+        return RunConfig.model_validate_json(json.dumps(settings, default=str))
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {'; '.join(dict.fromkeys(_explain(error.errors())))}") from error
+
+
+def known_keys(section: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[str]:
+    """Every key of a run file as a dotted path, sections before their keys."""
+    for name, field in section.model_fields.items():
+        yield prefix + name
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from known_keys(field.annotation, f"{prefix}{name}.")
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads 1e-3 as a number (YAML 1.2 does, YAML 1.1 calls it text) and refuses a key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(problem=f"the key {key!r} is given twice{node.start_mark}")
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _apply(settings: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r}: key=value is expected, such as training.learning_rate=1e-3")
+    *sections, last = key.split(".")
+    for part in sections:
+        inner = settings.setdefault(part, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"override {override!r}: {part!r} is a value, not a section")
+        settings = inner
+    try:
+        settings[last] = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not YAML") from error
+
+
+def _explain(errors: Sequence[ErrorDetails]) -> Iterator[str]:
+    known = list(known_keys())
+    wrong: dict[str, list[ErrorDetails]] = {}
+    for error in errors:
+        path = ".".join(str(part) for part in error["loc"])
+        # Below a known key, pydantic adds the branch of a union or the index in a list: the key is what the user wrote.
+        key = max((key for key in known if path == key or path.startswith(f"{key}.")), key=len, default=path)
+        if error["type"] == "extra_forbidden":
+            yield f"unknown key {path!r}{_nearest(path, known)}"
+        elif error["type"] == "missing":
+            yield f"the key {path!r} is missing"
+        else:
+            wrong.setdefault(key, []).append(error)
+    for key, its_errors in wrong.items():
+        messages = [e["msg"].removeprefix("Input should be ").removeprefix("Value error, ") for e in its_errors]
+        if not key:  # about the whole run file: the message names its keys
+            yield messages[0]
+            continue
+        value = json.dumps(its_errors[0]["input"], ensure_ascii=False, default=str)
+        expected = "" if its_errors[0]["type"] == "value_error" else "expected "
+        yield f"{key}: {value}: {expected}{' or '.join(dict.fromkeys(messages))}"
+
+
+def _nearest(path: str, known: Sequence[str]) -> str:
+    """The known key a misspelt or misplaced one most likely meant, as the end of a sentence."""
+    leaf = path.rpartition(".")[2]
+    misplaced = [key for key in known if key.rpartition(".")[2] == leaf]
+    by_leaf = {key.rpartition(".")[2]: key for key in reversed(known)}
+    near = misplaced or difflib.get_close_matches(path, known, n=1, cutoff=0.6)
+    near = near or [by_leaf[name] for name in difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.6)]
+    return f"; the nearest known key is {near[0]!r}" if near else f"; the known keys are {', '.join(known)}"

@@ -1,0 +1,51 @@
+"""What makes a run this run: equal identities give equal weights, so a checkpoint is resumed only by its own run."""
+
+from typing import Any
+
+from loraplex_server.engine.model import Base
+from loraplex_trainer.config import RunConfig
+from loraplex_trainer.data import Split
+
+# What may differ between a run and its resumption without changing a single weight.
+_FREE_KEYS = (
+    "output",
+    "registry",
+    "evaluation",
+    "data.heldout",
+    "training.save_every_steps",
+    "training.log_every_steps",
+)
+
+
+def run_identity(
+    config: RunConfig, splits: dict[str, Split], base: Base, parent: dict[str, Any] | None
+) -> dict[str, Any]:
+    """The settings, data, base and parent that the weights follow from."""
+    settings = {key: value for key, value in _flat(config.model_dump(mode="json")).items() if not _is_free(key)}
+    return {
+        "config": settings,
+        "train_sha256": splits["train"].sha256,
+        "base_fingerprint": base.fingerprint,
+        "quantization": base.quantization,
+        "parent": parent,
+    }
+
+
+def difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str | None:
+    """The first thing in which two identities differ, in words."""
+    before, now = _flat(theirs), _flat(ours)
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key):
+            return f"{key.removeprefix('config.')} was {before.get(key)!r} and is {now.get(key)!r} now"
+    return None
+
+
+def _is_free(key: str) -> bool:
+    return any(key == free or key.startswith(f"{free}.") for free in _FREE_KEYS)
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat

@@ -1,0 +1,146 @@
+"""The optimisation: AdamW over the adapter's parameters, the loss normalised by the answer tokens of the whole step.
+
+Owns the order forward → backward → clip → step, the schedule and the stop signals; writes nothing itself.
+"""
+
+import math
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch.nn.functional import cross_entropy
+
+from loraplex_trainer.adapter import trainable_parameters
+from loraplex_trainer.config import RunConfig, TrainingSection
+from loraplex_trainer.data import IGNORED, Batch, Example, epoch_order, make_batch, steps_in_epoch
+from loraplex_trainer.errors import NotFinite
+
+
+@dataclass
+class Loop:
+    """One run's optimisation state. `losses` holds one number per step done: mean nats per answer token."""
+
+    model: PeftModel
+    examples: Sequence[Example]
+    config: RunConfig
+    pad_id: int
+    step: int = 0
+    losses: list[float] = field(default_factory=list)
+    tokens_done: int = 0  # since this process began
+    learning_rate: float = 0.0  # of the latest step
+    _unread: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.parameters = trainable_parameters(self.model)
+        training = self.config.training
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(), lr=training.learning_rate, weight_decay=training.weight_decay, fused=True
+        )
+        per_epoch = steps_in_epoch(len(self.examples), self.config.examples_per_step)
+        self.total_steps = training.max_steps or math.ceil(training.epochs * per_epoch)
+
+    def run(self, after_step: Callable[["Loop"], None]) -> None:
+        """Takes the remaining steps, calling `after_step` after each; raises NotFinite before a bad step is kept."""
+        self.model.train()
+        for indices in self._remaining_steps():
+            chosen = [self.examples[index] for index in indices]
+            loss = self._forward_backward(chosen)
+            norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.training.max_grad_norm)
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.learning_rate = scheduled_rate(self.step, self.total_steps, self.config.training)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            self.step += 1
+            self.tokens_done += sum(len(example.ids) for example in chosen)
+            self._unread.append((loss, norm))
+            after_step(self)
+        self.read_losses()
+
+    def read_losses(self) -> None:
+        """Brings the latest losses over from the device (it waits there, so not every step); raises NotFinite."""
+        if not self._unread:
+            return
+        numbers = torch.stack([torch.stack([loss, norm]) for loss, norm in self._unread]).tolist()
+        first = self.step - len(numbers) + 1
+        for step, (loss, norm) in enumerate(numbers, start=first):
+            for what, value in (("loss", loss), ("gradient norm", norm)):
+                if not math.isfinite(value):
+                    raise NotFinite(step, what, value)
+            self.losses.append(loss)
+        self._unread.clear()
+
+    def _forward_backward(self, chosen: Sequence[Example]) -> torch.Tensor:
+        answer_tokens = sum(example.answer_tokens for example in chosen)
+        total = torch.zeros((), device=self.model.device)
+        size = self.config.training.batch_size
+        for start in range(0, len(chosen), size):
+            loss = loss_sum(self.model, make_batch(chosen[start : start + size], self.pad_id)) / answer_tokens
+            loss.backward()
+            total += loss.detach()
+        return total
+
+    def _remaining_steps(self) -> Iterator[list[int]]:
+        lengths = [len(example.ids) for example in self.examples]
+        per_epoch = steps_in_epoch(len(lengths), self.config.examples_per_step)
+        while self.step < self.total_steps:
+            epoch, place = divmod(self.step, per_epoch)
+            order = epoch_order(lengths, self.config.examples_per_step, self.config.training.seed, epoch)
+            yield from order[place : place + self.total_steps - self.step]
+
+
+def loss_sum(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    """Cross-entropy summed over the labelled tokens, in float32; logits are made only where a label can be."""
+    device = next(model.parameters()).device
+    logits = model(
+        input_ids=batch.input_ids.to(device), logits_to_keep=batch.answer_positions, use_cache=False
+    ).logits  # (rows, answer positions, vocabulary)
+    labels = batch.labels.flatten()
+    labelled = (labels != IGNORED).nonzero().squeeze(1)  # found before the move: the device is not waited for
+    chosen = logits.flatten(0, 1)[labelled.to(device)].float()
+    return cross_entropy(chosen, labels[labelled].to(device), reduction="sum")
+
+
+@torch.no_grad()
+def mean_loss(model: torch.nn.Module, examples: Sequence[Example], batch_size: int, pad_id: int) -> float:
+    """Nats per answer token over `examples`, without dropout; the model's mode is put back."""
+    was_training = model.training
+    model.eval()
+    by_length = sorted(examples, key=lambda example: len(example.ids))
+    batches = (make_batch(by_length[i : i + batch_size], pad_id) for i in range(0, len(by_length), batch_size))
+    total = sum(loss_sum(model, batch).item() for batch in batches)
+    model.train(was_training)
+    return total / sum(example.answer_tokens for example in examples)
+
+
+def scheduled_rate(step: int, total_steps: int, training: TrainingSection) -> float:
+    """Linear warm-up over `warmup_ratio` of the steps, then the schedule down to zero (constant stays)."""
+    warmup_steps = math.ceil(training.warmup_ratio * total_steps)
+    if step < warmup_steps:
+        return training.learning_rate * (step + 1) / warmup_steps
+    done = (step - warmup_steps) / max(1, total_steps - warmup_steps)  # 0 … below 1
+    factor = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}
+    return training.learning_rate * factor[training.schedule]
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM so that the step in hand is finished; a second one acts at once."""
+    received: list[int] = []
+    previous: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        received.append(number)
+        signal.signal(number, previous[number])
+
+    for number in previous:
+        signal.signal(number, note)
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,132 @@
+"""The receipt: what an adapter was made of, with what, how it scored and what it cost. Names no host and no user."""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from loraplex_server.engine.model import Base
+from loraplex_trainer.config import RunConfig
+from loraplex_trainer.data import Encoded, Split
+
+FORMAT = "loraplex.receipt/1"
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "loraplex")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What the receipt tells once model and optimizer are gone."""
+
+    base: dict[str, Any]
+    encoded: dict[str, Encoded]
+    losses: tuple[float, ...]
+    heldout_loss: float | None
+    parent: dict[str, Any] | None
+    started: float  # time.monotonic() at which a run without interruptions would have started
+
+
+def receipt_of(
+    config: RunConfig, splits: dict[str, Split], trained: Trained, metrics: dict[str, float]
+) -> dict[str, Any]:
+    last = trained.losses[-config.training.log_every_steps :]
+    return {
+        "name": config.name,
+        "config": config.model_dump(mode="json"),
+        "base": trained.base,
+        "data": {name: _data_record(split, trained.encoded[name]) for name, split in splits.items()},
+        "template": {"prompt": config.data.prompt, "completion": config.data.completion},
+        "seed": config.training.seed,
+        "steps": len(trained.losses),
+        "losses": {
+            "train_first": trained.losses[0],
+            "train_last": sum(last) / len(last),
+            "heldout": trained.heldout_loss,
+        },
+        "metrics": metrics,
+        "parent": trained.parent,
+        "wall_seconds": round(time.monotonic() - trained.started, 3),
+    }
+
+
+def base_record(base: Base) -> dict[str, Any]:
+    return {
+        "id": base.id,
+        "path": str(base.folder) if Path(base.id).is_dir() else None,
+        "revision": base.revision,
+        "fingerprint": base.fingerprint,
+        "quantization": base.quantization,
+    }
+
+
+def _data_record(split: Split, encoded: Encoded) -> dict[str, Any]:
+    return {
+        "path": str(split.path),
+        "sha256": split.sha256,
+        "examples": len(encoded.examples),
+        "tokens": encoded.tokens,
+        "answer_tokens": encoded.answer_tokens,
+        "truncated": encoded.truncated,
+        "dropped": encoded.dropped,
+    }
+
+
+def write_receipt(folder: Path, receipt: dict[str, Any]) -> None:
+    """Adds the sha256 of the files beside it and what it ran on, and writes receipt.json: the last file of a run."""
+    document = {
+        "format": FORMAT,
+        **receipt,
+        "files": {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.is_file()},
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        "hardware": hardware(),
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+    (folder / "receipt.json").write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hardware() -> dict[str, str | int | None]:
+    """Processor, cores, memory and GPU model."""
+    return {
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def peak_memory_bytes() -> int:
+    """Of the GPU where there is one, else of this process, evaluation included."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, KiB on Linux
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None  # run from a source tree that is not installed
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()

@@ -1,0 +1,179 @@
+"""A training run from top to bottom: read the data, train the adapter, score it, swap the finished folder in.
+
+Assembles the other files; each step's how is in the file named after it.
+"""
+
+import gc
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from loraplex_server.engine.model import Base, load_base
+from loraplex_trainer.adapter import attach_adapter, load_weights, save_adapter
+from loraplex_trainer.checkpoint import (
+    Progress,
+    finish_swap,
+    load_progress,
+    restore_state,
+    save_checkpoint,
+    swap_in,
+)
+from loraplex_trainer.config import RunConfig
+from loraplex_trainer.data import Encoded, Split, encode_split, end_of_sequence, read_split
+from loraplex_trainer.errors import CheckpointError, ConfigError, DataError, Interrupted
+from loraplex_trainer.evaluate import evaluate, score_table
+from loraplex_trainer.identity import difference, run_identity
+from loraplex_trainer.loop import Loop, mean_loss, stop_signals
+from loraplex_trainer.parent import find_parent
+from loraplex_trainer.progress import reporting, say
+from loraplex_trainer.receipt import Trained, base_record, receipt_of, write_receipt
+
+
+def train(config: RunConfig, *, resume: bool, console: Console) -> Path:
+    """Runs the whole of `config` and returns the adapter's folder, which is complete when it appears.
+
+    Raises ConfigError, DataError and CheckpointError for what is wrong before training; NotFinite and Interrupted
+    during it; EngineError for a base that cannot be loaded.
+    """
+    splits = {"train": read_split(config.data.train, config.data)}
+    if config.data.heldout is not None:
+        splits["heldout"] = read_split(config.data.heldout, config.data)
+    finish_swap(config.folder)
+    earlier = load_progress(checkpoint_folder(config)) if resume else None
+    with _partial_folder(config) as partial:
+        trained = _train_adapter(config, splits, earlier, partial, console)
+        _free_memory()
+        metrics: dict[str, float] = {}
+        if "heldout" in splits and config.evaluation.metric != "none":
+            say(console, f"scoring {len(splits['heldout'].prompts)} held-out prompts with the serving engine")
+            metrics = evaluate(config, partial, splits["heldout"])
+        write_receipt(partial, receipt_of(config, splits, trained, metrics))
+        swap_in(partial, config.folder)
+    if metrics or trained.heldout_loss is not None:
+        console.print(score_table(metrics, trained.heldout_loss))
+    return config.folder
+
+
+def checkpoint_folder(config: RunConfig) -> Path:
+    return config.folder / ".checkpoint"
+
+
+def _train_adapter(
+    config: RunConfig, splits: dict[str, Split], earlier: Progress | None, folder: Path, console: Console
+) -> Trained:
+    """Loads, trains, measures the held-out loss and writes the adapter's two files into `folder`."""
+    started = time.monotonic() - (earlier.wall_seconds if earlier else 0.0)
+    base = load_base(**config.base.load_options)
+    encoded = _encode(config, splits, base, console)
+    torch.manual_seed(config.training.seed)
+    model = attach_adapter(base, config.lora)
+    pad_id = pad if isinstance(pad := base.tokenizer.pad_token_id, int) else 0  # neither attended to nor labelled
+    loop = Loop(model, encoded["train"].examples, config, pad_id)
+    identity = _go_on(loop, config, splits, base, earlier) if earlier else _begin(loop, config, splits, base)
+    say(console, _opening(loop, base, encoded["train"]))
+    with stop_signals() as stopped, reporting(console, loop) as reporter:
+
+        def after_step(loop: Loop) -> None:
+            finished = loop.step == loop.total_steps
+            stopping = bool(stopped)  # asked once: a signal that comes during the report waits for the next step's save
+            save_due = finished or stopping or loop.step % config.training.save_every_steps == 0
+            report_due = finished or loop.step % config.training.log_every_steps == 0
+            if save_due or report_due:
+                loop.read_losses()  # a loss that is not finite stops here, before it is saved
+            if report_due:
+                reporter.report(loop)
+            if save_due:
+                progress = Progress(loop.step, tuple(loop.losses), time.monotonic() - started, identity)
+                save_checkpoint(checkpoint_folder(config), progress, loop.parameters, loop.optimizer)
+            if stopping and not finished:
+                raise Interrupted(stopped[0], loop.step)
+
+        loop.run(after_step)
+    heldout = encoded.get("heldout")
+    heldout_loss = mean_loss(model, heldout.examples, config.training.batch_size, pad_id) if heldout else None
+    save_adapter(model, folder, base.id, base.revision)
+    return Trained(base_record(base), encoded, tuple(loop.losses), heldout_loss, identity["parent"], started)
+
+
+def _encode(config: RunConfig, splits: dict[str, Split], base: Base, console: Console) -> dict[str, Encoded]:
+    limit = config.data.max_tokens
+    if limit > base.context_tokens:
+        raise ConfigError(
+            f"data.max_tokens: {limit}: more than the {base.context_tokens} tokens of context of {base.id}"
+        )
+    if "heldout" in splits and config.evaluation.metric != "none":
+        longest = max(len(base.tokenizer(prompt).input_ids) for prompt in splits["heldout"].prompts)
+        if longest + config.evaluation.max_tokens > base.context_tokens:
+            raise DataError(
+                f"{config.data.heldout}: a prompt of {longest} tokens and evaluation.max_tokens = "
+                f"{config.evaluation.max_tokens} are more than the {base.context_tokens} tokens of context of {base.id}"
+            )
+    eos_id = end_of_sequence(base)
+    encoded = {name: encode_split(split, base.tokenizer, eos_id, limit) for name, split in splits.items()}
+    for name, split in encoded.items():
+        if split.truncated or split.dropped:
+            say(
+                console,
+                f"{name}: {split.truncated} examples are longer than data.max_tokens = {limit} and lost the front of "
+                f"their prompt; {split.dropped} had no room for their completion and were left out",
+            )
+    return encoded
+
+
+def _begin(loop: Loop, config: RunConfig, splits: dict[str, Split], base: Base) -> dict[str, Any]:
+    """A new run, from fresh weights or a parent's; returns its identity."""
+    with tempfile.TemporaryDirectory() as scratch:
+        parent = find_parent(config, base.description, Path(scratch))
+        if parent is None:
+            return run_identity(config, splits, base, None)
+        load_weights(loop.model, parent.folder)
+        return run_identity(config, splits, base, parent.record)
+
+
+def _go_on(loop: Loop, config: RunConfig, splits: dict[str, Split], base: Base, earlier: Progress) -> dict[str, Any]:
+    """Puts `loop` where the checkpoint left off; raises CheckpointError when that was another run."""
+    # The parent is the one found then: an alias may have moved since, the weights have not.
+    ours = run_identity(config, splits, base, earlier.run["parent"])
+    if change := difference(earlier.run, ours):
+        raise CheckpointError(
+            f"the checkpoint {checkpoint_folder(config)} is of another run: {change}; "
+            "undo that, or start anew without --resume"
+        )
+    restore_state(checkpoint_folder(config), loop.parameters, loop.optimizer, base.device)
+    loop.step, loop.losses = earlier.step, list(earlier.losses)
+    return earlier.run
+
+
+def _opening(loop: Loop, base: Base, train: Encoded) -> str:
+    trainable = sum(parameter.numel() for parameter in loop.parameters.values())
+    start = f", going on after step {loop.step}" if loop.step else ""
+    return (
+        f"{loop.config.name}: {len(loop.examples)} examples, {train.tokens:,} tokens, loss on {train.answer_tokens:,}; "
+        f"{trainable:,} trainable parameters on {base.id} ({base.quantization}, {base.device.type}); "
+        f"{loop.total_steps} steps{start}"
+    )
+
+
+@contextmanager
+def _partial_folder(config: RunConfig) -> Iterator[Path]:
+    """A folder beside the output in which it is made, gone afterwards: swapped in, or thrown away."""
+    partial = config.folder.with_name(f".{config.folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _free_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
