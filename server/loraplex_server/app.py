@@ -14,7 +14,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from loraplex_registry.registry import Registry
+from loraplex_registry.remote import open_registry
 from loraplex_server.adapters.disk import loader
 from loraplex_server.config import ServerConfig
 from loraplex_server.engine.engine import Engine
@@ -24,20 +24,6 @@ from loraplex_server.metrics import Metrics
 from loraplex_server.problems import Problem
 from loraplex_server.routes import ROUTES
 from loraplex_server.service import Service
-from loraplex_server.watch import RegistrySource
-
-
-def open_registry(where: str | None) -> RegistrySource:
-    """The registry in a folder or behind a URL; None is the default folder.
-
-    Raises:
-        loraplex_registry.errors.StoreUnavailable: the folder cannot be used.
-    """
-    if where and where.startswith(("http://", "https://")):
-        from loraplex_registry.remote import RemoteRegistry
-
-        return RemoteRegistry(where)
-    return Registry(where or Registry.default_root())
 
 
 def create_app(config: ServerConfig, base: Base | None = None) -> Starlette:

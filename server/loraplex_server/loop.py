@@ -6,7 +6,7 @@ Owns the thread and who waits for which request; decides nothing about requests 
 import asyncio
 import logging
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from queue import Empty, SimpleQueue
 
 from loraplex_server.engine.engine import Delta, Engine
@@ -14,7 +14,7 @@ from loraplex_server.engine.request import FinishReason, Request
 
 log = logging.getLogger(__name__)
 
-Deliver = Callable[[Delta | Exception], None]
+Deliver = Callable[[Delta | Exception], object]
 
 
 class EngineStopped(RuntimeError):
@@ -50,7 +50,7 @@ class EngineLoop:
         self._wake.set()
         self._thread.join()
 
-    async def stream(self, requests: Sequence[Request]) -> AsyncIterator[Delta]:
+    async def stream(self, requests: Sequence[Request]) -> AsyncGenerator[Delta]:
         """Queue requests together and yield their deltas as they come, until the last one ended.
 
         Closing the iterator aborts what is still running.

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, suppress
 from typing import Any
 
@@ -71,7 +71,7 @@ async def _streamed(service: Service, job: Job, body: CompletionBody) -> Respons
 
 
 async def _events(
-    service: Service, job: Job, body: CompletionBody, first: Delta, deltas: AsyncIterator[Delta]
+    service: Service, job: Job, body: CompletionBody, first: Delta, deltas: AsyncGenerator[Delta]
 ) -> AsyncIterator[str]:
     head, index = _head(job), {request.id: i for i, request in enumerate(job.requests)}
     if body.echo:
@@ -91,13 +91,13 @@ async def _events(
     yield "data: [DONE]\n\n"
 
 
-async def _chain(first: Delta, rest: AsyncIterator[Delta]) -> AsyncIterator[Delta]:
+async def _chain(first: Delta, rest: AsyncGenerator[Delta]) -> AsyncGenerator[Delta]:
     try:
         yield first
         async for delta in rest:
             yield delta
     finally:
-        await rest.aclose()  # pyright: ignore[reportAttributeAccessIssue]
+        await rest.aclose()
 
 
 def _event(body: dict[str, Any]) -> str:

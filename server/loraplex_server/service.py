@@ -6,7 +6,7 @@ Owns the meeting of engine, registry and metrics; knows no sockets and no header
 import asyncio
 import difflib
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, Iterable
 from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
@@ -94,7 +94,7 @@ class Service:
         model = body.model or body.adapter or self.base.id
         return Job(job_id, int(time.time()), model, version, requests, texts, body.n)
 
-    async def run(self, job: Job) -> AsyncIterator[Delta]:
+    async def run(self, job: Job) -> AsyncGenerator[Delta]:
         """The deltas of all sequences of a job as they come; every stage of each is measured.
 
         Raises:

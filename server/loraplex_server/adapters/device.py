@@ -5,7 +5,7 @@ Owns the model's adapters; called by the engine's thread alone, between two forw
 
 from itertools import count
 
-from peft import PeftModelForCausalLM, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraModel, PeftModelForCausalLM, get_peft_model_state_dict, set_peft_model_state_dict
 from transformers.modeling_utils import PreTrainedModel
 
 from loraplex_server.adapters.host import HostAdapter
@@ -42,7 +42,7 @@ class DeviceAdapters:
         self.activate(None)  # peft would make another adapter active in place of a deleted one
         if isinstance(self.model, PeftModelForCausalLM) and name in self.model.peft_config:
             self.model.delete_adapter(name)
-            self.model.base_model.set_adapter([], inference_mode=True)
+            _tuner(self.model).set_adapter([], inference_mode=True)
 
     def activate(self, key: str | None) -> None:
         """Make one adapter, or none, the active one: the swap."""
@@ -50,7 +50,7 @@ class DeviceAdapters:
         if name == self._active or not isinstance(self.model, PeftModelForCausalLM):
             return
         if name is None:
-            self.model.base_model.set_adapter([], inference_mode=True)
+            _tuner(self.model).set_adapter([], inference_mode=True)
         else:
             self.model.set_adapter(name, inference_mode=True)
         self._active = name
@@ -60,12 +60,12 @@ class DeviceAdapters:
             self.model.add_adapter(name, adapter.config, low_cpu_mem_usage=True)
         else:
             self.model = PeftModelForCausalLM(self.model, adapter.config, name, low_cpu_mem_usage=True)
-        device = self.model.device
-        tensors = {key: tensor.to(device) for key, tensor in adapter.tensors.items()}
-        set_peft_model_state_dict(self.model, tensors, adapter_name=name, low_cpu_mem_usage=True)
-        self.model.base_model._cast_adapter_dtype(adapter_name=name, autocast_adapter_dtype=True)
-        self.model.base_model.set_adapter([], inference_mode=True)
-        self.model.eval()
+        model: PeftModelForCausalLM = self.model
+        tensors = {key: tensor.to(model.device) for key, tensor in adapter.tensors.items()}
+        set_peft_model_state_dict(model, tensors, adapter_name=name, low_cpu_mem_usage=True)
+        _tuner(model)._cast_adapter_dtype(adapter_name=name, autocast_adapter_dtype=True)  # as peft's loader does
+        _tuner(model).set_adapter([], inference_mode=True)
+        model.eval()
         self._active = None
 
     def _check_whole(self, name: str, adapter: HostAdapter) -> None:
@@ -77,3 +77,9 @@ class DeviceAdapters:
         for key, tensor in adapter.tensors.items():
             if held[key].is_meta or held[key].shape != tensor.shape:
                 raise AdapterRefused(f"tensor {key!r} was not taken: expected shape {tuple(tensor.shape)}")
+
+
+def _tuner(model: PeftModelForCausalLM) -> LoraModel:
+    tuner = model.base_model
+    assert isinstance(tuner, LoraModel)  # only LoRA adapters get here
+    return tuner

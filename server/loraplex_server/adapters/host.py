@@ -38,5 +38,6 @@ def read_adapter(key: str, folder: Path, base: BaseDescription, max_rank: int) -
     except InvalidAdapter as error:
         raise AdapterRefused(str(error)) from error
     config = LoraConfig.from_pretrained(str(folder))
+    assert isinstance(config, LoraConfig)  # check_adapter refuses every other kind
     config.inference_mode = True
     return HostAdapter(key, config, load_file(folder / "adapter_model.safetensors"))

@@ -54,7 +54,7 @@ class PagedStep:
 
 
 def paged_attention(
-    module: torch.nn.Module,
+    module: Any,  # the attention layer
     query: torch.Tensor,  # (1, heads, tokens, head_dim)
     key: torch.Tensor,  # (1, kv_heads, tokens, head_dim)
     value: torch.Tensor,

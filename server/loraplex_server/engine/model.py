@@ -45,6 +45,7 @@ class Base:
     @property
     def fingerprint(self) -> str:
         """Digest of the checkpoint's tensors; equal for equal weights however they are sharded."""
+        assert self.description.fingerprint  # known for every base whose files are here
         return self.description.fingerprint
 
     @property
