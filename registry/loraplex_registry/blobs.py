@@ -1,0 +1,177 @@
+"""The folder of blobs: content named by its sha256. Owns how bytes become durable and how they are proven on reading.
+
+Knows no versions. A file is staged (copied, flushed), then published by rename; an interrupted push leaves only
+staging leftovers, which a later push sweeps away.
+"""
+
+import hashlib
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .errors import CorruptBlob, FolderNotEmpty
+from .manifest import CHUNK_BYTES, FileEntry, Manifest
+
+GRACE_SECONDS = 6 * 3600.0
+Progress = Callable[[int], None]
+
+
+def silent(_bytes: int) -> None:
+    """The progress of those who do not look."""
+
+
+class BlobStore:
+    """`root/blobs/sha256/ab/<hex>` and `root/staging/`. All paths in and out are local."""
+
+    def __init__(self, root: Path) -> None:
+        self.blobs, self.staging = root / "blobs" / "sha256", root / "staging"
+
+    def path(self, sha256: str) -> Path:
+        return self.blobs / sha256[:2] / sha256
+
+    # --- writing ---
+
+    @contextmanager
+    def stage(self) -> Iterator[Path]:
+        """A folder of one's own in staging, removed at the end."""
+        self.sweep()
+        self.staging.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=self.staging, ignore_cleanup_errors=True) as folder:
+            yield Path(folder)
+
+    def sweep(self, grace_seconds: float = GRACE_SECONDS) -> None:
+        """Remove what killed pushes left in staging: whatever nobody wrote to for the grace period."""
+        if not self.staging.is_dir():
+            return
+        oldest = time.time() - grace_seconds
+        for path in self.staging.iterdir():
+            if _last_written(path) < oldest:
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+    def publish(self, staged: Path, sha256: str) -> None:
+        """Move a staged, flushed file to its place. A blob already there is replaced by the same, proven bytes."""
+        target = self.path(sha256)
+        if not target.parent.is_dir():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            for folder in (self.blobs.parent.parent, self.blobs.parent, self.blobs):
+                sync_folder(folder)
+        staged.replace(target)
+        sync_folder(target.parent)
+
+    # --- reading ---
+
+    def read(self, sha256: str, path: str) -> bytes:
+        """A small blob's bytes, proven. Raises CorruptBlob."""
+        return b"".join(self.chunks(FileEntry(path, sha256, 0)))
+
+    def chunks(self, entry: FileEntry) -> Iterator[bytes]:
+        """The blob's bytes; the last chunk comes only after the digest was right. Raises CorruptBlob."""
+        try:
+            stream = self.path(entry.sha256).open("rb")
+        except FileNotFoundError as error:
+            raise CorruptBlob(entry.path, f"sha256:{entry.sha256}", "missing") from error
+        with stream:
+            yield from proven(iter(lambda: stream.read(CHUNK_BYTES), b""), entry)
+
+    def fault(self, entry: FileEntry) -> str | None:
+        """What is wrong with a blob: missing, truncated, altered; or None."""
+        file = self.path(entry.sha256)
+        try:
+            found_bytes = file.stat().st_size
+            with file.open("rb") as stream:
+                found = hashlib.file_digest(stream, "sha256").hexdigest()
+        except FileNotFoundError:
+            return "missing"
+        except OSError as error:
+            return f"unreadable: {error.strerror}"
+        if found == entry.sha256:
+            return None
+        return f"truncated: {found_bytes} of {entry.bytes} bytes" if found_bytes < entry.bytes else "altered"
+
+
+def proven(chunks: Iterator[bytes], entry: FileEntry) -> Iterator[bytes]:
+    """Pass chunks on, holding each back until the next came, and the last until the sha256 was right.
+
+    Raises CorruptBlob.
+    """
+    digest, held = hashlib.sha256(), b""
+    for chunk in chunks:
+        digest.update(chunk)
+        if held:
+            yield held
+        held = chunk
+    if digest.hexdigest() != entry.sha256:
+        raise CorruptBlob(entry.path, f"sha256:{entry.sha256}", "not what its digest says")
+    if held:
+        yield held
+
+
+def write_durably(chunks: Iterator[bytes], file: Path, progress: Progress = silent) -> FileEntry:
+    """Write chunks to a new file and flush it to the disk; the entry's path is the file's name."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    digest, total_bytes = hashlib.sha256(), 0
+    with file.open("xb") as stream:
+        for chunk in chunks:
+            stream.write(chunk)
+            digest.update(chunk)
+            total_bytes += len(chunk)
+            progress(len(chunk))
+        stream.flush()
+        os.fsync(stream.fileno())
+    return FileEntry(file.name, digest.hexdigest(), total_bytes)
+
+
+def read_chunks(file: Path) -> Iterator[bytes]:
+    with file.open("rb") as stream:
+        yield from iter(lambda: stream.read(CHUNK_BYTES), b"")
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside the folder durable."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def materialize(manifest: Manifest, into: Path, chunks: Callable[[FileEntry], Iterator[bytes]]) -> Path:
+    """Write a version's files to `into`, all or nothing. `into` is new, empty, or already holds exactly this version.
+
+    Raises CorruptBlob, FolderNotEmpty.
+    """
+    into = into.absolute()
+    into.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=into.parent, prefix=f".{into.name}.", ignore_cleanup_errors=True) as partial:
+        if _holds(into, manifest):
+            return into
+        content = Path(partial) / "content"
+        for entry in manifest.files:
+            write_durably(chunks(entry), content / entry.path)
+        try:
+            content.rename(into)
+        except OSError as error:  # somebody was faster, or something else lies there
+            if not _holds(into, manifest):
+                raise FolderNotEmpty(f"'{into}' holds something else; give a new or an empty folder") from error
+    return into
+
+
+def _holds(folder: Path, manifest: Manifest) -> bool:
+    if not folder.is_dir():
+        return False
+    found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    return found.keys() == {entry.path for entry in manifest.files} and all(
+        FileEntry.of(found[entry.path], entry.path) == entry for entry in manifest.files
+    )
+
+
+def _last_written(path: Path) -> float:
+    """The newest time of change of a file, or of a folder and all in it; now, when its owner is just removing it."""
+    try:
+        return max(inside.lstat().st_mtime for inside in (path, *path.rglob("*")))
+    except FileNotFoundError:
+        return time.time()

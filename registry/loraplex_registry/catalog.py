@@ -1,0 +1,361 @@
+"""The rows: versions, where each alias points, and the ledger of its moves. SQLAlchemy Core on SQLite.
+
+Allots version numbers and moves aliases, each in one transaction. Knows no files but its own.
+"""
+
+import difflib
+import os
+import sqlite3
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import sqlalchemy as sa
+import sqlalchemy.event
+import sqlalchemy.exc
+
+from .errors import (
+    NotFound,
+    NothingToRollBack,
+    RegistryError,
+    StoreUnavailable,
+    UnknownAdapter,
+    UnknownAlias,
+    UnknownDigest,
+    UnknownVersion,
+)
+from .manifest import BaseRef
+from .reference import Reference
+from .version import AliasMove, Version, previous_target
+
+SCHEMA_VERSION = 1
+BUSY_SECONDS = 30.0
+PRODUCTION = "production"
+
+_metadata = sa.MetaData()
+_versions = sa.Table(
+    "versions",
+    _metadata,
+    sa.Column("name", sa.Text, primary_key=True),
+    sa.Column("number", sa.Integer, primary_key=True),
+    sa.Column("digest", sa.Text, nullable=False, index=True),
+    sa.Column("base_id", sa.Text, nullable=False),
+    sa.Column("base_revision", sa.Text),
+    sa.Column("base_fingerprint", sa.Text),
+    sa.Column("base_quantization", sa.Text),
+    sa.Column("rank", sa.Integer, nullable=False),
+    sa.Column("targets", sa.JSON, nullable=False),
+    sa.Column("bytes", sa.Integer, nullable=False),
+    sa.Column("metrics", sa.JSON, nullable=False),
+    sa.Column("parent", sa.Text),
+    sa.Column("created_at", sa.Text, nullable=False),
+    sa.Column("created_by", sa.Text, nullable=False),
+    sa.Column("message", sa.Text, nullable=False),
+    sa.UniqueConstraint("name", "digest"),
+)
+_aliases = sa.Table(
+    "aliases",
+    _metadata,
+    sa.Column("name", sa.Text, primary_key=True),
+    sa.Column("alias", sa.Text, primary_key=True),
+    sa.Column("number", sa.Integer, nullable=False),
+    sa.ForeignKeyConstraint(["name", "number"], ["versions.name", "versions.number"]),
+)
+_moves = sa.Table(
+    "alias_moves",
+    _metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("name", sa.Text, nullable=False),
+    sa.Column("alias", sa.Text, nullable=False),
+    sa.Column("from_number", sa.Integer),
+    sa.Column("to_number", sa.Integer, nullable=False),
+    sa.Column("who", sa.Text, nullable=False),
+    sa.Column("at", sa.Text, nullable=False),
+    sa.Column("reason", sa.Text, nullable=False),
+    sa.Column("action", sa.Text, nullable=False),
+    sa.Index("alias_moves_by_alias", "name", "alias", "id"),
+)
+_LEDGER_IS_APPEND_ONLY = [
+    f"CREATE TRIGGER alias_moves_no_{verb} BEFORE {verb} ON alias_moves "
+    "BEGIN SELECT RAISE(ABORT, 'the alias ledger is append-only'); END"
+    for verb in ("update", "delete")
+]
+
+_names_of = (
+    sa.select(sa.func.aggregate_strings(_aliases.c.alias, " "))
+    .where(_aliases.c.name == _versions.c.name, _aliases.c.number == _versions.c.number)
+    .scalar_subquery()
+    .label("aliases")
+)
+_SELECT = sa.select(_versions, _names_of)
+
+
+class Catalog:
+    """One SQLite file, shared by threads and processes. Reading works where the folder may not be written."""
+
+    def __init__(self, file: Path) -> None:
+        """Open the file, making it first if need be. Raises StoreUnavailable."""
+        self.file = file
+        if not file.exists():
+            _create(file)
+        self.writable = os.access(file, os.W_OK) and os.access(file.parent, os.W_OK)
+        # A read-only catalog gets a fresh connection per read: SQLite's immutable mode never looks again.
+        pool: dict[str, Any] = {"pool_size": 8, "max_overflow": 56} if self.writable else {}
+        self._engine = sa.create_engine(
+            "sqlite://", creator=self._connect, poolclass=sa.QueuePool if self.writable else sa.NullPool, **pool
+        )
+        sqlalchemy.event.listen(self._engine, "begin", _begin)
+        with self._read() as db:
+            found = db.exec_driver_sql("PRAGMA user_version").scalar_one()
+        if found != SCHEMA_VERSION:
+            self.close()
+            raise StoreUnavailable(f"'{file}' has schema version {found}, this loraplex reads {SCHEMA_VERSION}")
+
+    def close(self) -> None:
+        self._engine.dispose()
+
+    # --- questions ---
+
+    def resolve(self, ref: Reference) -> Version:
+        """The version a reference stands for now. Raises the kind of NotFound that fits."""
+        with self._read() as db:
+            return self._resolve(db, ref)
+
+    def versions(self, name: str) -> list[Version]:
+        """All versions of a name, oldest first. Raises UnknownAdapter."""
+        with self._read() as db:
+            rows = db.execute(_SELECT.where(_versions.c.name == name).order_by(_versions.c.number)).all()
+            if not rows:
+                raise self._not_found(db, Reference(name))
+        return [_version(row) for row in rows]
+
+    def newest(self) -> list[Version]:
+        """The newest version of each name, by name."""
+        last = sa.select(_versions.c.name, sa.func.max(_versions.c.number)).group_by(_versions.c.name)
+        newest = _SELECT.where(sa.tuple_(_versions.c.name, _versions.c.number).in_(last)).order_by(_versions.c.name)
+        with self._read() as db:
+            return [_version(row) for row in db.execute(newest)]
+
+    def all(self) -> list[Version]:
+        """Every version, by name and number."""
+        with self._read() as db:
+            return [_version(row) for row in db.execute(_SELECT.order_by(_versions.c.name, _versions.c.number))]
+
+    def aliases(self) -> dict[str, dict[str, int]]:
+        """Where every alias points: name → alias → version number."""
+        found: dict[str, dict[str, int]] = {}
+        with self._read() as db:
+            for row in db.execute(sa.select(_aliases).order_by(_aliases.c.name, _aliases.c.alias)):
+                found.setdefault(row.name, {})[row.alias] = row.number
+        return found
+
+    def history(self, name: str, alias: str) -> list[AliasMove]:
+        """An alias's moves, oldest first. Raises UnknownAdapter, UnknownAlias."""
+        with self._read() as db:
+            return self._history(db, name, alias)
+
+    # --- acts ---
+
+    def add(self, draft: Version) -> Version:
+        """Give the draft its number, or return the version of that name that has its digest already."""
+        with self._write() as db:
+            same = db.execute(_SELECT.where(_versions.c.name == draft.name, _versions.c.digest == draft.digest)).first()
+            if same:
+                return _version(same)
+            last = db.scalar(sa.select(sa.func.max(_versions.c.number)).where(_versions.c.name == draft.name))
+            version = replace(draft, number=(last or 0) + 1, pushed=True)
+            db.execute(_versions.insert().values(_row(version)))
+        return version
+
+    def promote(self, ref: Reference, alias: str, who: str, reason: str) -> AliasMove:
+        """Point an alias at what the reference stands for. Raises NotFound."""
+        with self._write() as db:
+            target = self._resolve(db, ref)
+            return self._move(db, target.name, alias, target.number, who, reason, "promote")
+
+    def rollback(self, name: str, alias: str, to: int | None, who: str, reason: str) -> AliasMove:
+        """Point an alias at its previous target, or at version `to`. Raises NotFound, NothingToRollBack."""
+        with self._write() as db:
+            moves = self._history(db, name, alias)
+            target = previous_target(moves) if to is None else self._resolve(db, Reference(name, version=to)).number
+            if target is None:
+                raise NothingToRollBack(
+                    f"{name}@{alias} has no target before {name}:{moves[-1].to_number}; give --to VERSION"
+                )
+            return self._move(db, name, alias, target, who, reason, "rollback")
+
+    # --- inside a transaction ---
+
+    def _resolve(self, db: sa.Connection, ref: Reference) -> Version:
+        row = db.execute(_SELECT.where(_versions.c.name == ref.name, *_condition(ref)).limit(1)).first()
+        if row is None:
+            raise self._not_found(db, ref)
+        return _version(row)
+
+    def _history(self, db: sa.Connection, name: str, alias: str) -> list[AliasMove]:
+        mine = (_moves.c.name == name, _moves.c.alias == alias)
+        rows = db.execute(sa.select(_moves).where(*mine).order_by(_moves.c.id)).all()
+        if not rows:
+            raise self._not_found(db, Reference(name, alias=alias))
+        return [_alias_move(row) for row in rows]
+
+    def _move(self, db: sa.Connection, name: str, alias: str, to: int, who: str, reason: str, action: str) -> AliasMove:
+        key = {"name": name, "alias": alias}
+        now = db.scalar(sa.select(_aliases.c.number).filter_by(**key))
+        if now == to:
+            return replace(self._history(db, name, alias)[-1], moved=False)
+        if now is None:
+            db.execute(_aliases.insert().values(key | {"number": to}))
+        else:
+            db.execute(_aliases.update().filter_by(**key).values(number=to))
+        move = AliasMove(name, alias, now, to, who, datetime.now(UTC), reason, action)
+        row = asdict(move) | {"at": move.at.isoformat()}
+        db.execute(_moves.insert().values({column: value for column, value in row.items() if column != "moved"}))
+        return move
+
+    def _not_found(self, db: sa.Connection, ref: Reference) -> NotFound:
+        names = db.scalars(sa.select(_versions.c.name).distinct()).all()
+        if ref.name not in names:
+            near = difflib.get_close_matches(ref.name, names, n=1)
+            return UnknownAdapter(str(ref), near[0] if near else None)
+        if ref.version:
+            newest = db.scalar(sa.select(sa.func.max(_versions.c.number)).where(_versions.c.name == ref.name))
+            return UnknownVersion(str(ref), f"{ref.name}:{newest}")
+        if ref.digest:
+            return UnknownDigest(str(ref))
+        known = db.scalars(sa.select(_aliases.c.alias).where(_aliases.c.name == ref.name)).all()
+        near = difflib.get_close_matches(ref.alias or "", known, n=1, cutoff=0)  # a name has few: name one of them
+        return UnknownAlias(str(ref), f"{ref.name}@{near[0]}" if near else None)
+
+    # --- connections ---
+
+    @contextmanager
+    def _read(self) -> Iterator[sa.Connection]:
+        with _one_clear_error(self.file), self._engine.connect() as db:
+            yield db
+
+    @contextmanager
+    def _write(self) -> Iterator[sa.Connection]:
+        if not self.writable:
+            raise StoreUnavailable(f"the registry '{self.file.parent}' cannot be written by this user")
+        with _one_clear_error(self.file), self._engine.connect() as db, db.execution_options(immediate=True).begin():
+            yield db
+
+    def _connect(self) -> sqlite3.Connection:
+        if self.writable:
+            return _open(self.file, "mode=rw")
+        try:
+            return _open(self.file, "mode=ro")
+        except sqlite3.OperationalError:
+            # No writer has it open (its -shm file is not there) and we may not make one: the file stands still.
+            return _open(self.file, "immutable=1")
+
+
+def _condition(ref: Reference) -> tuple[sa.ColumnElement[bool], ...]:
+    if ref.version is not None:
+        return (_versions.c.number == ref.version,)
+    if ref.digest is not None:
+        return (_versions.c.digest == ref.digest,)
+    named = (_aliases.c.name == ref.name, _aliases.c.alias == (ref.alias or PRODUCTION))
+    pointed = sa.select(_aliases.c.number).where(*named).scalar_subquery()
+    if ref.alias is not None:
+        return (_versions.c.number == pointed,)
+    newest = sa.select(sa.func.max(_versions.c.number).label("n")).where(_versions.c.name == ref.name)
+    # The inner select must not be correlated with the outer one: it looks at all versions of the name.
+    return (_versions.c.number == sa.func.coalesce(pointed, newest.correlate(None).scalar_subquery()),)
+
+
+def _version(row: sa.Row[Any]) -> Version:
+    base = BaseRef(row.base_id, row.base_revision, row.base_fingerprint, row.base_quantization)
+    return Version(
+        name=row.name,
+        number=row.number,
+        digest=row.digest,
+        base=base,
+        rank=row.rank,
+        targets=tuple(row.targets),
+        bytes=row.bytes,
+        metrics=row.metrics,
+        parent=row.parent,
+        created_at=datetime.fromisoformat(row.created_at),
+        created_by=row.created_by,
+        message=row.message,
+        aliases=tuple(sorted((row.aliases or "").split())),
+    )
+
+
+def _row(version: Version) -> dict[str, Any]:
+    row = asdict(version) | {f"base_{key}": value for key, value in asdict(version.base).items()}
+    row |= {"targets": list(version.targets), "created_at": version.created_at.isoformat()}
+    return {column.name: row[column.name] for column in _versions.columns}
+
+
+def _alias_move(row: sa.Row[Any]) -> AliasMove:
+    move = AliasMove(row.name, row.alias, row.from_number, row.to_number, row.who, row.at, row.reason, row.action)
+    return replace(move, at=datetime.fromisoformat(row.at))
+
+
+def _begin(db: sa.Connection) -> None:
+    # IMMEDIATE takes the write lock before reading, so that two pushes never see the same last number.
+    db.exec_driver_sql("BEGIN IMMEDIATE" if db.get_execution_options().get("immediate") else "BEGIN")
+
+
+def _open(file: Path, mode: str) -> sqlite3.Connection:
+    db = sqlite3.connect(
+        f"file:{quote(str(file.absolute()))}?{mode}",
+        uri=True,
+        timeout=BUSY_SECONDS,
+        isolation_level=None,  # SQLAlchemy's "begin" event says when a transaction begins
+        check_same_thread=False,  # the pool hands a connection to one thread at a time
+    )
+    try:
+        db.execute("PRAGMA synchronous=FULL")
+        db.execute("PRAGMA foreign_keys=ON")
+        db.execute("SELECT count(*) FROM sqlite_master")
+    except sqlite3.Error:
+        db.close()
+        raise
+    return db
+
+
+def _create(file: Path) -> None:
+    """Make the catalog beside its place and link it there whole: of two makers one wins, a killed one leaves none."""
+    with _one_clear_error(file):
+        handle, partial = tempfile.mkstemp(dir=file.parent, prefix=".catalog.")
+        os.close(handle)
+        try:
+            engine = sa.create_engine(f"sqlite:///{quote(partial)}")
+            with engine.connect() as db:
+                db.exec_driver_sql("PRAGMA journal_mode=WAL")
+                _metadata.create_all(db)
+                for statement in (*_LEDGER_IS_APPEND_ONLY, f"PRAGMA user_version={SCHEMA_VERSION}"):
+                    db.exec_driver_sql(statement)
+                db.commit()
+            engine.dispose()
+            with Path(partial).open("rb") as stream:
+                os.fsync(stream.fileno())
+            os.link(partial, file)
+        except FileExistsError:
+            return
+        finally:
+            for leftover in file.parent.glob(f"{Path(partial).name}*"):
+                leftover.unlink(missing_ok=True)
+
+
+@contextmanager
+def _one_clear_error(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except sqlalchemy.exc.DBAPIError as error:
+        raise StoreUnavailable(f"the catalog '{file}' cannot be used: {error.orig}") from error
+    except sqlite3.Error as error:
+        raise StoreUnavailable(f"the catalog '{file}' cannot be used: {error}") from error
+    except RegistryError:
+        raise
+    except OSError as error:
+        raise StoreUnavailable(f"the registry '{file.parent}' cannot be written: {error.strerror}") from error

@@ -1,0 +1,365 @@
+"""The `registry` command: every verb on a folder or a URL. Owns words and tables; the registry does the work."""
+
+import json
+import os
+import socket
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.filesize import decimal
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.table import Table
+
+from .errors import InvalidAdapter, RegistryError, StoreUnavailable
+from .reference import HubReference, Reference, check_name, parse_alias
+from .registry import Registry
+from .remote import RemoteRegistry, open_registry
+from .version import AliasMove, Fault, Version
+from .wire import dump
+
+LARGE_BYTES = 16 << 20
+FOLDED = ("aliases", "base", "metrics", "message", "reason", "file", "fault")
+WIDE = 160  # a table that goes to a file or a pipe is not folded to a terminal's width
+
+
+class OneLine(click.ClickException):
+    """A user's mistake: one line on stderr, exit code 1."""
+
+    def show(self, file: Any = None) -> None:
+        click.echo(f"error: {self.message}", err=True, file=file)
+
+
+class Group(click.Group):
+    """Turns the registry's errors into one line each."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except RegistryError as error:
+            raise OneLine(str(error)) from error
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.option("--registry", metavar="DIR_OR_URL", envvar="LORAPLEX_REGISTRY", help="Default: the user's data folder.")
+@click.pass_context
+def cli(ctx: click.Context, registry: str | None) -> None:
+    """Keep adapters: push, version, promote, roll back, pull and verify them."""
+    ctx.obj = registry
+
+
+def main() -> None:
+    """The console script."""
+    cli(prog_name="registry")
+
+
+def verb(function: Callable[..., None]) -> click.Command:
+    """A sub-command that also takes --registry after its name, and finds the answer in the context."""
+
+    def note(ctx: click.Context, _option: click.Parameter, value: str | None) -> None:
+        ctx.obj = value or ctx.obj
+
+    where = click.option(
+        "--registry", metavar="DIR_OR_URL", expose_value=False, callback=note, help="A folder or a URL."
+    )
+    return cli.command(function.__name__.strip("_"))(where(function))
+
+
+output_format = click.option("--format", "style", type=click.Choice(["table", "json"]), default="table")
+
+
+@contextmanager
+def opened() -> Iterator[Registry | RemoteRegistry]:
+    with open_registry(click.get_current_context().obj) as registry:
+        yield registry
+
+
+# --- acts ---
+
+
+@verb
+@click.argument("name")
+@click.argument("folder", metavar="[DIR]", required=False)
+@click.option("--base", metavar="ID_OR_PATH", help="The base to check against; default: what the adapter says.")
+@click.option("--message", "-m", default="", help="What is new, for people.")
+def push(name: str, folder: str | None, base: str | None, message: str) -> None:
+    """Check an adapter folder and keep it as the next version of NAME.
+
+    Without DIR: ./adapters/NAME, then adapters/NAME in LORAPLEX_HOME. DIR may be hf://owner/repo[@revision].
+    """
+    check_name(name)
+    with opened() as registry, tempfile.TemporaryDirectory() as temporary:
+        if folder and folder.startswith("hf://"):
+            from .hub import fetch_from_hub  # here: it costs a third of a second that other verbs need not pay
+
+            source = fetch_from_hub(HubReference.parse(folder), Path(temporary))
+            message, path = f"{message} ({source})".strip() if message else f"from {source}", Path(temporary)
+        else:
+            path = Path(folder) if folder else _find_adapter(name)
+        with _transfer(f"push {name}", path) as progress:
+            version = registry.push(name, path, base=base, message=message, progress=progress)
+    if version.pushed:
+        click.echo(f"pushed {version} ({decimal(version.bytes)}, rank {version.rank}) {version.digest}")
+    else:
+        click.echo(f"already {version} {version.digest}")
+
+
+@verb
+@click.argument("ref")
+@click.option("--to", "alias", required=True, metavar="ALIAS", help="The alias to move, for instance production.")
+@click.option("--reason", default="", help="Why, for the ledger.")
+def promote(ref: str, alias: str, reason: str) -> None:
+    """Point an alias at a version."""
+    with opened() as registry:
+        _say_move(registry.promote(ref, alias, reason))
+
+
+@verb
+@click.argument("ref", metavar="NAME@ALIAS")
+@click.option("--to", "number", type=click.IntRange(1), metavar="VERSION", help="Default: the previous target.")
+@click.option("--reason", default="", help="Why, for the ledger.")
+def rollback(ref: str, number: int | None, reason: str) -> None:
+    """Point an alias back at its previous target, or at a given version."""
+    with opened() as registry:
+        _say_move(registry.rollback(ref, number, reason))
+
+
+@verb
+@click.argument("ref")
+@click.argument("folder", metavar="[DIR]", required=False)
+def pull(ref: str, folder: str | None) -> None:
+    """Write a version's files, proven by their sha256, to DIR (default: ./NAME)."""
+    with opened() as registry:
+        dest = Path(folder or Reference.parse(ref).name)
+        version = registry.pull(ref, dest)
+    click.echo(f"pulled {version} to {dest} {version.digest}")
+
+
+# --- questions ---
+
+
+@verb
+@output_format
+def list_(style: str) -> None:
+    """The newest version of every adapter, and where its aliases point."""
+    with opened() as registry:
+        versions, aliases = registry.list(), registry.aliases()
+        where = getattr(registry, "root", None) or getattr(registry, "url", "")
+    if style == "json":
+        _print_json([_plain(version) | {"pointers": aliases.get(version.name, {})} for version in versions])
+    elif not versions:
+        click.echo(f"no adapters yet in {where}; keep the first with: registry push NAME [DIR]")
+    else:
+        table = _table("adapter", "newest", "aliases", "base", "rank", "size", "metrics", "pushed")
+        for version in versions:
+            pointers = ", ".join(f"{alias} → {number}" for alias, number in aliases.get(version.name, {}).items())
+            table.add_row(version.name, str(version.number), pointers, *_facts(version), _when(version))
+        _print(table)
+
+
+@verb
+@click.argument("name")
+@output_format
+def versions(name: str, style: str) -> None:
+    """All versions of NAME, newest first."""
+    with opened() as registry:
+        found = registry.versions(name)[::-1]
+    if style == "json":
+        _print_json([_plain(version) for version in found])
+        return
+    table = _table("version", "aliases", "base", "rank", "size", "metrics", "pushed", "by", "message", "digest")
+    for version in found:
+        row = (str(version), ", ".join(version.aliases), *_facts(version), _when(version), version.created_by)
+        table.add_row(*row, version.message, version.digest[:19])
+    _print(table)
+
+
+@verb
+@click.argument("ref")
+@output_format
+def show(ref: str, style: str) -> None:
+    """Everything about one version."""
+    with opened() as registry:
+        version = registry.resolve(ref)
+        manifest = registry.manifest(version.digest)
+    if style == "json":
+        _print_json({"version": _plain(version), "manifest": json.loads(manifest.canonical())})
+        return
+    base = version.base
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for key, value in {
+        "version": version,
+        "digest": version.digest,
+        "aliases": ", ".join(version.aliases) or "none",
+        "base": base.id + (f" @ {base.revision}" if base.revision else ""),
+        "fingerprint": base.fingerprint or "unknown",
+        "quantization": base.quantization or "unknown",
+        "rank": version.rank,
+        "targets": ", ".join(version.targets),
+        "metrics": _metrics(version) or "none",
+        "parent": version.parent or "none",
+        "pushed": f"{_when(version)} by {version.created_by}",
+        "message": version.message or "none",
+        "files": "\n".join(f"{file.path}  {decimal(file.bytes)}  sha256:{file.sha256}" for file in manifest.files),
+    }.items():
+        table.add_row(key, str(value))
+    _print(table)
+
+
+@verb
+@click.argument("ref", metavar="NAME@ALIAS")
+@output_format
+def history(ref: str, style: str) -> None:
+    """Every move of an alias, newest first."""
+    with opened() as registry:
+        moves = registry.history(*parse_alias(ref))[::-1]
+    if style == "json":
+        _print_json([_plain(move) for move in moves])
+        return
+    table = _table("when", "from", "to", "how", "who", "reason")
+    for move in moves:
+        at = move.at.astimezone().strftime("%Y-%m-%d %H:%M:%S")
+        table.add_row(at, str(move.from_number or ""), str(move.to_number), move.action, move.who, move.reason)
+    _print(table)
+
+
+@verb
+@click.argument("ref", required=False)
+@click.option("--all", "everything", is_flag=True, help="Every version; the default without REF.")
+@output_format
+def verify(ref: str | None, everything: bool, style: str) -> None:
+    """Hash every file of REF, or of all versions. Exit code 1 when one is missing, truncated or altered."""
+    if ref and everything:
+        raise click.UsageError("give REF or --all, not both")
+    with opened() as registry:
+        faults = registry.verify(ref)
+    if style == "json":
+        _print_json(dump(list[Fault], faults))
+    elif not faults:
+        click.echo(f"{ref or 'all versions'}: every file is what its digest says")
+    else:
+        table = _table("version", "file", "fault")
+        for fault in faults:
+            table.add_row(fault.version, fault.path, fault.what)
+        _print(table)
+    if faults:
+        sys.exit(1)
+
+
+@verb
+@click.option("--host", default="127.0.0.1")
+@click.option("--port", default=8100, type=click.IntRange(0, 65535))
+@click.option("--token-file", type=click.Path(path_type=Path), help="Bearer tokens, one a line: [WHO] TOKEN.")
+def serve(host: str, port: int, token_file: Path | None) -> None:
+    """Serve the registry over HTTP. Tokens also come from LORAPLEX_REGISTRY_TOKENS, separated by commas."""
+    import uvicorn
+
+    from .http import create_app
+
+    tokens = _read_tokens(token_file)
+    with opened() as registry:
+        if not isinstance(registry, Registry):
+            raise OneLine(f"serve needs a folder, not {registry.url}")
+        listener = _listen(host, port)
+        url = f"http://{host}:{listener.getsockname()[1]}"
+        click.echo(f"registry {registry.root} at {url}", err=True)
+        if not tokens and host not in ("127.0.0.1", "localhost", "::1"):
+            click.echo("warning: no tokens are set, so everyone who reaches this address may push", err=True)
+        server = uvicorn.Server(uvicorn.Config(create_app(registry, tokens), log_level="warning"))
+        with suppress(KeyboardInterrupt):  # Ctrl-C is how one ends it
+            server.run(sockets=[listener])
+
+
+# --- words and tables ---
+
+
+def _find_adapter(name: str) -> Path:
+    places = [Path("adapters") / name, Registry.default_root().parent / "adapters" / name]
+    for place in places:
+        if place.is_dir():
+            return place
+    raise InvalidAdapter(f"no folder for '{name}': looked for {' and '.join(map(str, places))}; give DIR")
+
+
+def _read_tokens(file: Path | None) -> dict[str, str]:
+    from .http import read_tokens
+
+    tokens = read_tokens(os.environ.get("LORAPLEX_REGISTRY_TOKENS", "").replace(",", "\n"))
+    if file:
+        try:
+            found = read_tokens(file.read_text())
+        except (OSError, UnicodeDecodeError) as error:
+            raise OneLine(f"the token file '{file}' cannot be read: {error}") from error
+        if not found:
+            raise OneLine(f"the token file '{file}' holds no token")
+        tokens |= found
+    return tokens
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        reason = str(error.strerror).partition(" (while")[0]  # Python adds the address once more
+        raise StoreUnavailable(f"cannot listen on {host}:{port}: {reason}") from error
+
+
+@contextmanager
+def _transfer(what: str, folder: Path) -> Iterator[Callable[[int], None]]:
+    """A progress bar on stderr for large folders; nothing for small ones."""
+    total_bytes = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=total_bytes < LARGE_BYTES) as progress:
+        task = progress.add_task(what, total=total_bytes)
+        yield lambda sent_bytes: progress.advance(task, sent_bytes)
+
+
+def _say_move(move: AliasMove) -> None:
+    if not move.moved:
+        click.echo(f"{move} already points to {move.name}:{move.to_number}")
+    else:
+        before = f"{move.name}:{move.from_number} → " if move.from_number else ""
+        click.echo(f"{move}: {before}{move.name}:{move.to_number}")
+
+
+def _facts(version: Version) -> tuple[str, str, str, str]:
+    return version.base.id, str(version.rank), decimal(version.bytes), _metrics(version)
+
+
+def _metrics(version: Version) -> str:
+    return ", ".join(f"{key} {value:.4g}" for key, value in version.metrics.items())
+
+
+def _when(version: Version) -> str:
+    return version.created_at.astimezone().strftime("%Y-%m-%d %H:%M")
+
+
+def _plain(item: Version | AliasMove) -> dict[str, Any]:
+    """What the item is, without what the last act did to it."""
+    fields = dump(type(item), item)
+    return {key: value for key, value in fields.items() if key not in ("pushed", "moved")}
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold", no_wrap=column not in FOLDED)
+    return table
+
+
+def _print(table: Table) -> None:
+    console = Console(highlight=False, markup=False)
+    if not console.is_terminal:
+        console.width = WIDE
+    console.print(table)
+
+
+def _print_json(data: object) -> None:
+    click.echo(json.dumps(data, indent=2, ensure_ascii=False))

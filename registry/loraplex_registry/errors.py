@@ -1,0 +1,139 @@
+"""Every error this package raises on purpose. Each is also its standard-library kin, so callers may catch either.
+
+    RegistryError
+    ├── InvalidReference (ValueError)        a name that cannot name anything
+    ├── InvalidManifest (ValueError)         a manifest or receipt that does not say what it must
+    ├── InvalidAdapter (ValueError)          an adapter that is refused; .reasons lists why
+    ├── NothingToRollBack (ValueError)       an alias without an earlier target
+    ├── NotFound (LookupError)               .ref, .nearest
+    │   ├── UnknownAdapter
+    │   ├── UnknownVersion
+    │   ├── UnknownAlias
+    │   └── UnknownDigest
+    ├── InvalidRequest (ValueError)          an HTTP request that cannot be read; .param
+    ├── TooLarge (ValueError)                more bytes than the registry takes
+    ├── MissingBlobs (LookupError)           files that a push names and nobody uploaded; .digests
+    ├── BaseNotFound (FileNotFoundError)     the base model cannot be described
+    ├── CorruptBlob (OSError)                bytes that are missing or are not what their digest says
+    ├── FolderNotEmpty (FileExistsError)     a destination that holds something else
+    ├── StoreUnavailable (OSError)           a data directory that cannot be used
+    └── RemoteError (OSError)                a registry server that cannot be reached or answers nonsense
+        └── Unauthorized (PermissionError)   the registry server wants another token
+
+`code` is the word the HTTP face uses for the error; `remote` turns it back into the class.
+"""
+
+from collections.abc import Sequence
+
+
+class RegistryError(Exception):
+    """The root: catching it catches everything this package raises on purpose."""
+
+    code = "registry_error"
+
+
+class InvalidReference(RegistryError, ValueError):
+    code = "invalid_reference"
+
+
+class InvalidManifest(RegistryError, ValueError):
+    code = "invalid_manifest"
+
+
+class InvalidAdapter(RegistryError, ValueError):
+    """An adapter that is refused. `reasons` holds every reason; the message shows the first few."""
+
+    code = "adapter_refused"
+    shown = 6
+
+    def __init__(self, reasons: Sequence[str] | str) -> None:
+        self.reasons = (reasons,) if isinstance(reasons, str) else tuple(reasons)
+        more = len(self.reasons) - self.shown
+        super().__init__("; ".join(self.reasons[: self.shown]) + (f"; and {more} more" if more > 0 else ""))
+
+
+class NothingToRollBack(RegistryError, ValueError):
+    code = "nothing_to_roll_back"
+
+
+class InvalidRequest(RegistryError, ValueError):
+    """`param` names the field or query parameter that is wrong, if it is one."""
+
+    code = "invalid_request"
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        self.message, self.param = message, param
+        super().__init__(message)
+
+
+class TooLarge(RegistryError, ValueError):
+    code = "too_large"
+
+
+class MissingBlobs(RegistryError, LookupError):
+    code = "blobs_missing"
+
+    def __init__(self, digests: Sequence[str]) -> None:
+        self.digests = tuple(digests)
+        super().__init__(f"upload first: {', '.join(self.digests)}")
+
+
+class NotFound(RegistryError, LookupError):
+    """`ref` names nothing here; `nearest` is the closest thing that exists, or None."""
+
+    code = "not_found"
+    what = "entry"
+
+    def __init__(self, ref: str, nearest: str | None = None) -> None:
+        self.ref, self.nearest = ref, nearest
+        super().__init__(f"no {self.what} '{ref}'" + (f"; the nearest is '{nearest}'" if nearest else ""))
+
+
+class UnknownAdapter(NotFound):
+    code = "adapter_not_found"
+    what = "adapter"
+
+
+class UnknownVersion(NotFound):
+    code = "version_not_found"
+    what = "version"
+
+
+class UnknownAlias(NotFound):
+    code = "alias_not_found"
+    what = "alias"
+
+
+class UnknownDigest(NotFound):
+    code = "digest_not_found"
+    what = "digest"
+
+
+class BaseNotFound(RegistryError, FileNotFoundError):
+    code = "base_not_found"
+
+
+class CorruptBlob(RegistryError, OSError):
+    """Stored bytes that are not what their digest says: `path` in the adapter, `digest`, `what` is wrong."""
+
+    code = "corrupt_blob"
+
+    def __init__(self, path: str, digest: str, what: str) -> None:
+        self.path, self.digest, self.what = path, digest, what
+        super().__init__(f"{path} ({digest}) is {what}")
+
+
+class FolderNotEmpty(RegistryError, FileExistsError):
+    code = "folder_not_empty"
+
+
+class StoreUnavailable(RegistryError, OSError):
+    code = "store_unavailable"
+
+
+class RemoteError(RegistryError, OSError):
+    code = "remote_error"
+
+
+class Unauthorized(RemoteError, PermissionError):
+    code = "unauthorized"

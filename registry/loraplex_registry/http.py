@@ -1,0 +1,251 @@
+"""The registry over HTTP: one small route per verb. Owns statuses, tokens and size limits; decides nothing else.
+
+A push is a proposal (files by sha256, the base's description): what is missing is uploaded, then proposed again. The
+server reads no path that a caller names; it checks the adapter against the description before a version is made.
+"""
+
+import hmac
+import json
+from pathlib import Path
+from typing import Any
+
+from anyio.to_thread import run_sync
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from . import errors
+from .errors import RegistryError
+from .manifest import FileEntry
+from .reference import check_digest, check_name, parse_alias
+from .registry import Registry, writing
+from .uploads import Upload, forget, gather
+from .version import AliasMove, Fault, Version
+from .wire import Proposal, dump, dump_error, load
+
+BODY_BYTES = 32 << 20  # a proposal carries the names and shapes of a base's tensors
+OPEN_PATHS = ("/health", "/ready")
+STATUSES: dict[type[RegistryError], int] = {
+    errors.InvalidReference: 400,
+    errors.InvalidRequest: 400,
+    errors.InvalidManifest: 400,
+    errors.Unauthorized: 401,
+    errors.NotFound: 404,
+    errors.MissingBlobs: 409,
+    errors.NothingToRollBack: 409,
+    errors.TooLarge: 413,
+    errors.InvalidAdapter: 422,
+    errors.CorruptBlob: 422,
+    errors.StoreUnavailable: 503,
+}
+
+
+def create_app(registry: Registry, tokens: dict[str, str] | None = None) -> Starlette:
+    """The application. `tokens` is token → who holds it; without any, everyone may do everything."""
+    app = Starlette(
+        routes=[
+            Route("/health", health),
+            Route("/ready", ready),
+            Route("/v1/adapters", list_adapters),
+            Route("/v1/adapters/{name:path}/versions", list_versions),
+            Route("/v1/adapters/{name:path}/versions", push, methods=["POST"]),
+            Route("/v1/resolve", resolve),
+            Route("/v1/history", history),
+            Route("/v1/verify", verify),
+            Route("/v1/promote", promote, methods=["POST"]),
+            Route("/v1/rollback", rollback, methods=["POST"]),
+            Route("/v1/manifests/{digest}", get_manifest),
+            Route("/v1/blobs/{digest}", get_blob),
+            Route("/v1/blobs/{digest}", put_blob, methods=["PUT"]),
+        ],
+        middleware=[Middleware(Bearer, tokens=tokens or {})],
+        exception_handlers={RegistryError: on_registry_error, HTTPException: on_http_error},
+    )
+    app.state.registry = registry
+    return app
+
+
+def read_tokens(text: str) -> dict[str, str]:
+    """Tokens one a line, each alone or after the name of who holds it: `ada 3f9c…`. `#` begins a comment line."""
+    lines = [line.split() for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    return {words[-1]: " ".join(words[:-1]) or "http" for words in lines}
+
+
+class Bearer:
+    """Lets a request in when it carries a known token, and notes who holds it. Health and readiness stay open."""
+
+    def __init__(self, app: ASGIApp, tokens: dict[str, str]) -> None:
+        self.app, self.tokens = app, tokens
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or not self.tokens or scope["path"] in OPEN_PATHS:
+            await self.app(scope, receive, send)
+            return
+        scheme, _, given = Request(scope).headers.get("authorization", "").partition(" ")
+        holders = [who for token, who in self.tokens.items() if hmac.compare_digest(token.encode(), given.encode())]
+        if scheme.lower() != "bearer" or not holders:
+            refusal = errors.Unauthorized("a bearer token that this registry knows is needed")
+            await error_response(refusal)(scope, receive, send)
+            return
+        scope.setdefault("state", {})["who"] = holders[0]
+        await self.app(scope, receive, send)
+
+
+# --- reading: plain functions, which Starlette runs in worker threads ---
+
+
+async def health(_request: Request) -> Response:
+    return JSONResponse({"status": "ok"})
+
+
+def ready(request: Request) -> Response:
+    _registry(request).aliases()
+    return JSONResponse({"status": "ready"})
+
+
+def list_adapters(request: Request) -> Response:
+    registry = _registry(request)
+    return JSONResponse({"data": dump(list[Version], registry.list()), "aliases": registry.aliases()})
+
+
+def list_versions(request: Request) -> Response:
+    return JSONResponse({"data": dump(list[Version], _registry(request).versions(request.path_params["name"]))})
+
+
+def resolve(request: Request) -> Response:
+    return JSONResponse(dump(Version, _registry(request).resolve(_query(request, "ref"))))
+
+
+def history(request: Request) -> Response:
+    moves = _registry(request).history(*parse_alias(_query(request, "ref")))
+    return JSONResponse({"data": dump(list[AliasMove], moves)})
+
+
+def verify(request: Request) -> Response:
+    return JSONResponse({"data": dump(list[Fault], _registry(request).verify(request.query_params.get("ref")))})
+
+
+def get_manifest(request: Request) -> Response:
+    manifest = _registry(request).manifest(request.path_params["digest"])
+    return Response(manifest.canonical(), media_type="application/json", headers={"ETag": f'"{manifest.digest}"'})
+
+
+def get_blob(request: Request) -> Response:
+    """The file as it lies, ranges included; the client proves it by its digest, which is its name."""
+    digest = check_digest(request.path_params["digest"])
+    file = _registry(request).store.path(digest.removeprefix("sha256:"))
+    if not file.is_file():
+        raise errors.UnknownDigest(digest)
+    return FileResponse(file, media_type="application/octet-stream", headers={"ETag": f'"{digest}"'})
+
+
+# --- writing ---
+
+
+async def put_blob(request: Request) -> Response:
+    sha256, registry = check_digest(request.path_params["digest"]).removeprefix("sha256:"), _registry(request)
+    with writing(registry.root), await run_sync(Upload, registry.store, sha256, registry.limits.max_bytes) as upload:
+        async for chunk in request.stream():
+            await run_sync(upload.write, chunk)
+        await run_sync(upload.finish)
+    return Response(status_code=201)
+
+
+async def push(request: Request) -> Response:
+    name = check_name(request.path_params["name"])
+    proposal = load(Proposal, await _json(request))
+    version = await run_sync(_publish, _registry(request), name, proposal, _who(request))
+    return JSONResponse(dump(Version, version), status_code=201 if version.pushed else 200)
+
+
+def _publish(registry: Registry, name: str, proposal: Proposal, who: str) -> Version:
+    def fill(folder: Path) -> tuple[FileEntry, ...]:
+        return gather(registry.store, proposal.files, folder)
+
+    version = registry.publish(name, fill, proposal.base, message=proposal.message, who=who)
+    forget(registry.store, proposal.files)
+    return version
+
+
+async def promote(request: Request) -> Response:
+    body = _fields(await _json(request), {"ref": str, "to": str}, {"reason": str})
+    registry = _registry(request)
+    move = await run_sync(lambda: registry.promote(body["ref"], body["to"], body.get("reason", ""), who=_who(request)))
+    return JSONResponse(dump(AliasMove, move))
+
+
+async def rollback(request: Request) -> Response:
+    body = _fields(await _json(request), {"ref": str}, {"to": int, "reason": str})
+    registry = _registry(request)
+    move = await run_sync(
+        lambda: registry.rollback(body["ref"], body.get("to"), body.get("reason", ""), who=_who(request))
+    )
+    return JSONResponse(dump(AliasMove, move))
+
+
+# --- requests in, errors out ---
+
+
+def on_registry_error(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, RegistryError)
+    return error_response(error)
+
+
+def on_http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    message = f"{request.method} {request.url.path}: {error.detail}"
+    body = {"message": message, "type": "invalid_request_error", "param": None, "code": "invalid_request"}
+    return JSONResponse({"error": body}, status_code=error.status_code, headers=error.headers)
+
+
+def error_response(error: RegistryError) -> Response:
+    status = next((status for kind, status in STATUSES.items() if isinstance(error, kind)), 500)
+    kind = "authentication_error" if status == 401 else "invalid_request_error" if status < 500 else "server_error"
+    headers = {"WWW-Authenticate": "Bearer"} if status == 401 else None
+    return JSONResponse(dump_error(error, kind), status_code=status, headers=headers)
+
+
+def _registry(request: Request) -> Registry:
+    return request.app.state.registry
+
+
+def _who(request: Request) -> str:
+    return getattr(request.state, "who", "http")
+
+
+def _query(request: Request, key: str) -> str:
+    value = request.query_params.get(key)
+    if value is None:
+        raise errors.InvalidRequest(f"the query parameter '{key}' is missing", key)
+    return value
+
+
+async def _json(request: Request) -> Any:
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > BODY_BYTES:
+            raise errors.TooLarge(f"the body is larger than {BODY_BYTES:,} bytes, which is the limit")
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise errors.InvalidRequest(f"the body is not JSON: {error}") from error
+
+
+def _fields(body: object, needed: dict[str, type], allowed: dict[str, type]) -> dict[str, Any]:
+    """The body's fields, when it has all that are needed, no unknown one, and each of its type."""
+    if not isinstance(body, dict):
+        raise errors.InvalidRequest("the body is not an object")
+    known = needed | allowed
+    fields = {key: value for key, value in body.items() if value is not None or key not in allowed}
+    for key in [*needed, *fields]:
+        if key not in known:
+            raise errors.InvalidRequest(f"unknown field '{key}', expected {', '.join(known)}", key)
+        if type(fields.get(key)) is not known[key]:
+            message = f"field '{key}' is {fields.get(key)!r}, expected {known[key].__name__}"
+            raise errors.InvalidRequest(message, key)
+    return fields

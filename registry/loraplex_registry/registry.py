@@ -1,0 +1,264 @@
+"""The registry in a folder: push, resolve, promote, rollback, fetch, verify.
+
+Owns the order in which a push becomes real: blobs first, then the manifest, then the row, so that whoever sees a row
+can read all it names. Knows no HTTP.
+"""
+
+import getpass
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from platformdirs import user_data_path
+
+from .adapter_config import read_config
+from .base import BaseDescription, describe_base
+from .blobs import BlobStore, Progress, materialize, read_chunks, silent, write_durably
+from .catalog import Catalog
+from .errors import BaseNotFound, InvalidAdapter, InvalidManifest, RegistryError, StoreUnavailable
+from .manifest import BaseRef, FileEntry, Manifest
+from .receipt import Receipt
+from .reference import Reference, check_alias, check_digest, check_name, parse_alias
+from .validate import CheckedAdapter, Limits, adapter_files, check_adapter
+from .version import AliasMove, Fault, Version
+
+MESSAGE_CHARACTERS = 4096
+MANIFEST = "manifest.json"  # how errors and faults call the manifest; it is stored by its digest
+
+
+class Registry:
+    """Adapter versions in one folder: `catalog.sqlite3`, `blobs/`, `staging/`. Safe for many threads and processes."""
+
+    def __init__(self, root: str | Path, limits: Limits | None = None) -> None:
+        """Open the folder, or make it. Raises StoreUnavailable."""
+        self.root = Path(root).expanduser()
+        self.limits = limits or Limits()
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise StoreUnavailable(f"the data directory '{self.root}' is not a folder") from error
+        except OSError as error:
+            raise StoreUnavailable(f"the data directory '{self.root}' cannot be made: {error.strerror}") from error
+        self.store = BlobStore(self.root)
+        self.catalog = Catalog(self.root / "catalog.sqlite3")
+
+    @staticmethod
+    def default_root() -> Path:
+        """`$LORAPLEX_HOME/registry`, or `registry` in the platform's data folder."""
+        home = os.environ.get("LORAPLEX_HOME")
+        return (Path(home).expanduser() if home else user_data_path("loraplex")) / "registry"
+
+    def close(self) -> None:
+        self.catalog.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # --- push ---
+
+    def push(
+        self,
+        name: str,
+        folder: str | Path,
+        *,
+        base: str | Path | BaseDescription | None = None,
+        message: str = "",
+        who: str | None = None,
+        progress: Progress = silent,
+    ) -> Version:
+        """Check an adapter folder against its base and keep it as the next version of `name`.
+
+        Bytes that a version of `name` has already make no new one: that version is returned, with `pushed` False.
+        Raises InvalidReference, InvalidAdapter, BaseNotFound, StoreUnavailable.
+        """
+        check_name(name)
+        folder = Path(folder)
+        paths = adapter_files(folder, self.limits)
+        description = base if isinstance(base, BaseDescription) else find_base(folder, base)
+
+        def fill(staged: Path) -> tuple[FileEntry, ...]:
+            entries = []
+            for path in paths:
+                relative = path.relative_to(folder).as_posix()
+                entries.append(replace(write_durably(read_chunks(path), staged / relative, progress), path=relative))
+            return tuple(entries)
+
+        return self.publish(name, fill, description, message=message, who=who)
+
+    def publish(
+        self,
+        name: str,
+        fill: Callable[[Path], tuple[FileEntry, ...]],
+        base: BaseDescription,
+        *,
+        message: str,
+        who: str | None,
+    ) -> Version:
+        """The second half of a push: `fill` puts flushed files into staging; they are checked where they lie."""
+        if len(message) > MESSAGE_CHARACTERS:
+            raise InvalidAdapter(
+                f"the message has {len(message):,} characters, at most {MESSAGE_CHARACTERS:,} are kept"
+            )
+        with writing(self.root), self.store.stage() as folder:
+            files = fill(folder / "adapter")
+            checked = check_adapter(folder / "adapter", base, self.limits, files)
+            manifest = Manifest(checked.files, _base_ref(checked, base), checked.config)
+            write_durably(iter([manifest.canonical()]), folder / MANIFEST)
+            for entry in manifest.files:
+                self.store.publish(folder / "adapter" / entry.path, entry.sha256)
+            self.store.publish(folder / MANIFEST, manifest.digest.removeprefix("sha256:"))
+            return self.catalog.add(_draft(name, checked, manifest, message, who or whoami()))
+
+    # --- names ---
+
+    def resolve(self, ref: str | Reference) -> Version:
+        """The version a reference stands for now. Raises InvalidReference, NotFound."""
+        return self.catalog.resolve(_reference(ref))
+
+    def versions(self, name: str) -> list[Version]:
+        """All versions of a name, oldest first. Raises InvalidReference, UnknownAdapter."""
+        return self.catalog.versions(check_name(name))
+
+    def list(self) -> list[Version]:
+        """The newest version of each name, by name."""
+        return self.catalog.newest()
+
+    def aliases(self) -> dict[str, dict[str, int]]:
+        """Where every alias points: name → alias → version number."""
+        return self.catalog.aliases()
+
+    def promote(self, ref: str | Reference, to: str, reason: str = "", *, who: str | None = None) -> AliasMove:
+        """Point the alias `to` at a version and write it in the ledger. Raises InvalidReference, NotFound."""
+        with writing(self.root):
+            return self.catalog.promote(_reference(ref), check_alias(to), who or whoami(), reason)
+
+    def rollback(self, ref: str, to: int | None = None, reason: str = "", *, who: str | None = None) -> AliasMove:
+        """Point `name@alias` at its previous target, or at version `to`; the ledger gets a row.
+
+        Raises InvalidReference, NotFound, NothingToRollBack.
+        """
+        with writing(self.root):
+            return self.catalog.rollback(*parse_alias(ref), to, who or whoami(), reason)
+
+    def history(self, name: str, alias: str) -> "list[AliasMove]":
+        """The alias's moves, oldest first. Raises UnknownAdapter, UnknownAlias."""
+        return self.catalog.history(check_name(name), check_alias(alias))
+
+    # --- content ---
+
+    def manifest(self, digest: str) -> Manifest:
+        """The manifest of a version. Raises CorruptBlob when it is missing or altered."""
+        return Manifest.from_bytes(self.store.read(check_digest(digest).removeprefix("sha256:"), MANIFEST))
+
+    def fetch(self, digest: str, into: str | Path) -> Path:
+        """Write a version's files to a new folder, each proven by its sha256, all or nothing.
+
+        Raises CorruptBlob, FolderNotEmpty.
+        """
+        return materialize(self.manifest(digest), Path(into), self.store.chunks)
+
+    def pull(self, ref: str | Reference, dest: str | Path) -> Version:
+        """Resolve once, then fetch that digest. Raises NotFound, CorruptBlob, FolderNotEmpty."""
+        version = self.resolve(ref)
+        self.fetch(version.digest, dest)
+        return version
+
+    def verify(self, ref: str | Reference | None = None) -> "list[Fault]":
+        """Hash every file of one version, or of all, and name each fault with each version it harms."""
+        known: dict[FileEntry, str | None] = {}  # a file that many versions share is hashed once
+        found = []
+        for version in [self.resolve(ref)] if ref else self.catalog.all():
+            if what := self.store.fault(FileEntry(MANIFEST, version.digest.removeprefix("sha256:"), 0)):
+                found.append(Fault(str(version), MANIFEST, what))
+                continue
+            try:
+                files = self.manifest(version.digest).files
+            except InvalidManifest as error:  # whole, but written by another release
+                found.append(Fault(str(version), MANIFEST, f"unreadable: {error}"))
+                continue
+            for entry in files:
+                if entry not in known:
+                    known[entry] = self.store.fault(entry)
+                if what := known[entry]:
+                    found.append(Fault(str(version), entry.path, what))
+        return found
+
+
+def find_base(folder: Path, base: str | Path | None) -> BaseDescription:
+    """Describe the given base, or else the one that the adapter's receipt or configuration names.
+
+    Raises BaseNotFound, InvalidAdapter.
+    """
+    if base is not None:
+        return describe_base(base)
+    receipt, config = Receipt.read(folder), read_config(folder)
+    if receipt.base_path and Path(receipt.base_path).is_dir():
+        return describe_base(receipt.base_path)
+    if receipt.base:
+        return describe_base(receipt.base.id, receipt.base.revision)
+    named = config.get("base_model_name_or_path")
+    if not isinstance(named, str) or not named:
+        raise BaseNotFound("the adapter does not say which base it belongs to; name it with --base ID_OR_PATH")
+    return describe_base(named, config.get("revision"))
+
+
+def whoami() -> str:
+    """The user's login name, or the number where it has none, as in many containers."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return f"uid {os.getuid()}"
+
+
+def _reference(ref: str | Reference) -> Reference:
+    return ref if isinstance(ref, Reference) else Reference.parse(ref)
+
+
+def _base_ref(checked: CheckedAdapter, base: BaseDescription) -> BaseRef:
+    """What the version says of its base: the trainer's words first, so that one adapter gives one digest everywhere."""
+    trained = checked.receipt.base
+    named = trained.id if trained else checked.config.get("base_model_name_or_path")
+    return BaseRef(
+        id=named or base.id,
+        revision=trained.revision if trained else checked.config.get("revision"),
+        fingerprint=base.fingerprint or (trained.fingerprint if trained else None),
+        quantization=trained.quantization if trained else None,
+    )
+
+
+def _draft(name: str, checked: CheckedAdapter, manifest: Manifest, message: str, who: str) -> Version:
+    return Version(
+        name=name,
+        number=0,  # the catalog gives the number
+        digest=manifest.digest,
+        base=manifest.base,
+        rank=checked.rank,
+        targets=checked.targets,
+        bytes=sum(entry.bytes for entry in manifest.files),
+        metrics=checked.receipt.metrics or {},
+        parent=checked.receipt.parent,
+        created_at=datetime.now(UTC),
+        created_by=who,
+        message=message,
+    )
+
+
+@contextmanager
+def writing(root: Path) -> Iterator[None]:
+    """An operating system's refusal (permission, full disk) inside the data directory, in one clear line."""
+    try:
+        yield
+    except RegistryError:
+        raise
+    except OSError as error:
+        raise StoreUnavailable(f"the data directory '{root}' cannot be written: {error.strerror}") from error

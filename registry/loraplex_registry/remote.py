@@ -1,0 +1,176 @@
+"""The same verbs against a registry server: RemoteRegistry answers as Registry does, and raises the same errors.
+
+Trusts no bytes: manifests and files are proven by their digests here. Knows the routes of `http`, and no store.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import httpx
+
+from .base import BaseDescription
+from .blobs import Progress, materialize, proven, read_chunks, silent
+from .errors import CorruptBlob, InvalidRequest, MissingBlobs, RemoteError, UnknownDigest
+from .manifest import CHUNK_BYTES, FileEntry, Manifest, sha256_of
+from .reference import Reference, check_alias, check_digest, check_name, parse_alias
+from .registry import MANIFEST, Registry, find_base
+from .validate import Limits, adapter_files, check_adapter
+from .version import AliasMove, Fault, Version
+from .wire import Proposal, dump, load, load_error
+
+TIMEOUT_SECONDS = 60.0
+T = TypeVar("T")
+
+
+class RemoteRegistry:
+    """A registry behind a URL. Safe for many threads. `token` defaults to LORAPLEX_REGISTRY_TOKEN."""
+
+    def __init__(self, url: str, token: str | None = None, limits: Limits | None = None) -> None:
+        self.url, self.limits = url.rstrip("/"), limits or Limits()
+        token = token or os.environ.get("LORAPLEX_REGISTRY_TOKEN")
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        self._http = httpx.Client(base_url=self.url, headers=headers, timeout=TIMEOUT_SECONDS)
+
+    def close(self) -> None:
+        self._http.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def push(
+        self,
+        name: str,
+        folder: str | Path,
+        *,
+        base: str | Path | BaseDescription | None = None,
+        message: str = "",
+        progress: Progress = silent,
+    ) -> Version:
+        """As Registry.push. The base is described here, the adapter is checked here and there."""
+        check_name(name)
+        folder = Path(folder)
+        adapter_files(folder, self.limits)
+        description = base if isinstance(base, BaseDescription) else find_base(folder, base)
+        files = check_adapter(folder, description, self.limits).files
+        route = f"/v1/adapters/{name}/versions"
+        proposal = dump(Proposal, Proposal(files, description, message))
+        try:
+            answer = self._ask("POST", route, json=proposal)
+        except MissingBlobs as missing:
+            for entry in files:
+                if f"sha256:{entry.sha256}" in missing.digests:
+                    self._upload(folder / entry.path, entry, progress)
+            answer = self._ask("POST", route, json=proposal)
+        return _load(Version, answer)
+
+    def resolve(self, ref: str | Reference) -> Version:
+        return _load(Version, self._ask("GET", "/v1/resolve", params={"ref": str(ref)}))
+
+    def versions(self, name: str) -> list[Version]:
+        return _load(list[Version], self._ask("GET", f"/v1/adapters/{check_name(name)}/versions")["data"])
+
+    def list(self) -> "list[Version]":
+        return _load(list[Version], self._ask("GET", "/v1/adapters")["data"])
+
+    def aliases(self) -> dict[str, dict[str, int]]:
+        return _load(dict[str, dict[str, int]], self._ask("GET", "/v1/adapters")["aliases"])
+
+    def promote(self, ref: str | Reference, to: str, reason: str = "") -> AliasMove:
+        return _load(AliasMove, self._ask("POST", "/v1/promote", json={"ref": str(ref), "to": to, "reason": reason}))
+
+    def rollback(self, ref: str, to: int | None = None, reason: str = "") -> AliasMove:
+        parse_alias(ref)
+        return _load(AliasMove, self._ask("POST", "/v1/rollback", json={"ref": ref, "to": to, "reason": reason}))
+
+    def history(self, name: str, alias: str) -> "list[AliasMove]":
+        ref = f"{check_name(name)}@{check_alias(alias)}"
+        return _load(_Moves, self._ask("GET", "/v1/history", params={"ref": ref})["data"])
+
+    def verify(self, ref: str | Reference | None = None) -> "list[Fault]":
+        """As Registry.verify; the server hashes, so it may take as long as it takes."""
+        params = {"ref": str(ref)} if ref else {}
+        return _load(_Faults, self._ask("GET", "/v1/verify", params=params, timeout=None)["data"])
+
+    def manifest(self, digest: str) -> Manifest:
+        with self._answer("GET", f"/v1/manifests/{check_digest(digest)}") as response:
+            data = response.read()
+        if sha256_of(data) != digest:
+            raise CorruptBlob(MANIFEST, digest, "not what its digest says")
+        return Manifest.from_bytes(data)
+
+    def fetch(self, digest: str, into: str | Path) -> Path:
+        """As Registry.fetch: every file is proven by its sha256 here, all or nothing."""
+        return materialize(self.manifest(digest), Path(into), self._chunks)
+
+    def pull(self, ref: str | Reference, dest: str | Path) -> Version:
+        version = self.resolve(ref)
+        self.fetch(version.digest, dest)
+        return version
+
+    def _chunks(self, entry: FileEntry) -> Iterator[bytes]:
+        try:
+            with self._answer("GET", f"/v1/blobs/sha256:{entry.sha256}") as response:
+                yield from proven(response.iter_bytes(CHUNK_BYTES), entry)
+        except UnknownDigest as error:
+            raise CorruptBlob(entry.path, f"sha256:{entry.sha256}", "missing") from error
+
+    def _upload(self, file: Path, entry: FileEntry, progress: Progress) -> None:
+        def counted() -> Iterator[bytes]:
+            for chunk in read_chunks(file):
+                yield chunk
+                progress(len(chunk))
+
+        with self._answer("PUT", f"/v1/blobs/sha256:{entry.sha256}", content=counted()):
+            pass
+
+    def _ask(self, method: str, route: str, **options: Any) -> Any:
+        with self._answer(method, route, **options) as response:
+            response.read()
+            try:
+                return response.json()
+            except ValueError as error:
+                raise RemoteError(f"the registry at {self.url} did not answer in JSON") from error
+
+    @contextmanager
+    def _answer(self, method: str, route: str, **options: Any) -> Iterator[httpx.Response]:
+        """A successful answer, its body still to be read. Raises the server's error as the class it had there."""
+        try:
+            with self._http.stream(method, route, **options) as response:
+                if not response.is_success:
+                    response.read()
+                    raise self._error(response)
+                yield response
+        except httpx.HTTPError as error:
+            raise RemoteError(f"the registry at {self.url} does not answer: {error}") from error
+
+    def _error(self, response: httpx.Response) -> Exception:
+        try:
+            return load_error(response.json())
+        except ValueError:
+            return RemoteError(f"the registry at {self.url} answered {response.status_code} {response.reason_phrase}")
+
+
+_Moves, _Faults = list[AliasMove], list[Fault]  # the class has a method called list
+
+
+def open_registry(where: str | Path | None = None) -> Registry | RemoteRegistry:
+    """The registry in a folder or behind a URL; None is the default folder. Raises StoreUnavailable."""
+    if where and str(where).startswith(("http://", "https://")):
+        return RemoteRegistry(str(where))
+    return Registry(where or Registry.default_root())
+
+
+def _load(kind: type[T], answer: object) -> T:
+    try:
+        return load(kind, answer)
+    except InvalidRequest as error:
+        raise RemoteError(f"the registry server's answer cannot be read: {error}") from error

@@ -1,0 +1,71 @@
+"""The registry's answers: a Version, an AliasMove, a Fault. Plain frozen data, the same from a folder or a URL."""
+
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from .manifest import BaseRef
+
+
+@dataclass(frozen=True)
+class Version:
+    """One immutable adapter version. `digest` is its manifest's; `bytes` counts all its files; times are UTC."""
+
+    name: str
+    number: int
+    digest: str
+    base: BaseRef
+    rank: int
+    targets: tuple[str, ...]
+    bytes: int
+    metrics: dict[str, float]
+    parent: str | None
+    created_at: datetime
+    created_by: str
+    message: str
+    aliases: tuple[str, ...] = ()
+    pushed: bool = field(default=False, compare=False)  # True only in the answer to the push that made it
+
+    def __str__(self) -> str:
+        return f"{self.name}:{self.number}"
+
+
+@dataclass(frozen=True)
+class AliasMove:
+    """One row of an alias's ledger. `from_number` is None when the alias was new."""
+
+    name: str
+    alias: str
+    from_number: int | None
+    to_number: int
+    who: str
+    at: datetime
+    reason: str
+    action: str = "promote"  # or "rollback"
+    moved: bool = field(default=True, compare=False)  # False in an answer when the alias was there already
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.alias}"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One damaged file of one version. `version` is `name:3`, `what` is missing, truncated: …, altered."""
+
+    version: str
+    path: str
+    what: str
+
+
+def previous_target(moves: list[AliasMove]) -> int | None:
+    """Where a rollback goes: the target before the present one, as a browser's back button walks.
+
+    1, 2, 3, back, back ends at 1: a second rollback does not return to the version the first one left.
+    """
+    trail: list[int] = []
+    for move in moves:
+        if move.action == "rollback" and move.to_number in trail:
+            while trail[-1] != move.to_number:
+                trail.pop()
+        else:
+            trail.append(move.to_number)
+    return trail[-2] if len(trail) > 1 else None

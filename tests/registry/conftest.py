@@ -1,0 +1,162 @@
+"""Tiny bases and adapters made with numpy alone, and a registry in a temporary folder."""
+
+import json
+import socket
+import threading
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+import uvicorn
+from safetensors.numpy import save_file
+
+from loraplex_registry.base import fingerprint_base
+from loraplex_registry.blobs import BlobStore
+from loraplex_registry.http import create_app
+from loraplex_registry.registry import Registry
+from loraplex_registry.remote import RemoteRegistry
+
+HIDDEN, INNER, VOCAB, LAYERS = 8, 16, 32, 2
+
+
+@pytest.fixture(autouse=True)
+def own_folders(tmp_path, monkeypatch):
+    """No test reads or writes the user's folders, nor the network."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("LORAPLEX_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.delenv("LORAPLEX_REGISTRY", raising=False)
+    monkeypatch.delenv("LORAPLEX_REGISTRY_TOKEN", raising=False)
+
+
+def llama_tensors(seed: int = 0) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(seed)
+    shapes = {"model.embed_tokens.weight": (VOCAB, HIDDEN), "model.norm.weight": (HIDDEN,)}
+    for layer in range(LAYERS):
+        shapes |= {
+            f"model.layers.{layer}.self_attn.q_proj.weight": (HIDDEN, HIDDEN),
+            f"model.layers.{layer}.mlp.up_proj.weight": (INNER, HIDDEN),
+            f"model.layers.{layer}.mlp.down_proj.weight": (HIDDEN, INNER),
+        }
+    return {name: random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def make_base(folder: Path, seed: int = 0, shards: int = 1, **config) -> Path:
+    folder.mkdir(parents=True)
+    described = {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True} | config
+    (folder / "config.json").write_text(json.dumps(described))
+    tensors = llama_tensors(seed)
+    if shards == 1:
+        save_file(tensors, folder / "model.safetensors")
+        return folder
+    weight_map = {name: f"model-{index % shards}.safetensors" for index, name in enumerate(tensors)}
+    for file in set(weight_map.values()):
+        save_file({name: tensors[name] for name in tensors if weight_map[name] == file}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
+@dataclass
+class Adapter:
+    """An adapter before it is written: tests change one thing and write it."""
+
+    rank: int = 4
+    targets: tuple[str, ...] = ("up_proj", "down_proj")
+    seed: int = 0
+    config: dict = field(default_factory=dict)
+    tensors: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        random = np.random.default_rng(self.seed)
+        sizes = {"up_proj": (INNER, HIDDEN), "down_proj": (HIDDEN, INNER), "q_proj": (HIDDEN, HIDDEN)}
+        for layer in range(LAYERS):
+            for target in self.targets:
+                outputs, inputs = sizes[target]
+                block = "self_attn" if target == "q_proj" else "mlp"
+                key = f"base_model.model.model.layers.{layer}.{block}.{target}"
+                self.tensors[f"{key}.lora_A.weight"] = random.standard_normal((self.rank, inputs)).astype(np.float32)
+                self.tensors[f"{key}.lora_B.weight"] = random.standard_normal((outputs, self.rank)).astype(np.float32)
+        self.config = {
+            "base_model_name_or_path": "tiny/base",
+            "bias": "none",
+            "init_lora_weights": True,
+            "lora_alpha": 8,
+            "modules_to_save": None,
+            "peft_type": "LORA",
+            "r": self.rank,
+            "target_modules": sorted(self.targets),
+            "task_type": "CAUSAL_LM",
+            "use_dora": False,
+        } | self.config
+
+    def write(self, folder: Path, receipt: dict | None = None) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(self.tensors, folder / "adapter_model.safetensors")
+        (folder / "adapter_config.json").write_text(json.dumps(self.config))
+        if receipt is not None:
+            (folder / "receipt.json").write_text(json.dumps(receipt))
+        return folder
+
+
+def make_receipt(base: Path, **changes) -> dict:
+    described = {"id": "tiny/base", "path": str(base), "revision": None, "fingerprint": fingerprint_base(base)}
+    return {
+        "format": "loraplex.receipt/1",
+        "base": described | {"quantization": "nf4+double:bfloat16"},
+        "metrics": {"tag_f1": 0.75, "stop_rate": 1},
+        "parent": None,
+    } | changes
+
+
+@pytest.fixture
+def base(tmp_path) -> Path:
+    return make_base(tmp_path / "base")
+
+
+@contextmanager
+def in_thread(config: uvicorn.Config):
+    """A real server on a free port, in a thread; yields its URL."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+        listener.close()
+
+
+def served(registry: Registry, tokens: dict[str, str] | None = None):
+    """The registry's own server, as a context that yields its URL."""
+    return in_thread(uvicorn.Config(create_app(registry, tokens), log_level="warning", ws="none"))
+
+
+@pytest.fixture(params=["folder", "url"])
+def registry(request, tmp_path):
+    """A registry whose store is tmp_path/registry: opened here, and behind its server."""
+    with Registry(tmp_path / "registry") as local:
+        if request.param == "folder":
+            yield local
+            return
+        with served(local) as url, RemoteRegistry(url) as remote:
+            yield remote
+
+
+@pytest.fixture
+def store(tmp_path) -> BlobStore:
+    return BlobStore(tmp_path / "registry")
+
+
+@pytest.fixture
+def push(registry, base, tmp_path):
+    """push("name", seed=1) → a new version; another seed is another adapter."""
+
+    def push(name: str = "quotes-tagger", seed: int = 0, **options):
+        folder = Adapter(seed=seed).write(tmp_path / "made" / f"{name.replace('/', '-')}-{seed}", make_receipt(base))
+        return registry.push(name, folder, base=base, **options)
+
+    return push

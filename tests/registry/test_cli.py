@@ -1,0 +1,191 @@
+"""The `registry` command as a user meets it: words, tables, JSON, exit codes; on a folder and on a URL."""
+
+import json
+from dataclasses import dataclass
+
+import pytest
+from click.testing import CliRunner
+
+from loraplex_registry.cli import cli
+from loraplex_registry.registry import Registry
+
+from .conftest import Adapter, make_receipt, served
+
+
+@dataclass
+class Answer:
+    """What a command said."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture(params=["folder", "url"])
+def run(request, tmp_path, monkeypatch):
+    """run("list", …) in an empty working folder; LORAPLEX_REGISTRY names the same store twice over."""
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+
+    def run(*arguments: object) -> Answer:
+        result = CliRunner().invoke(cli, [str(argument) for argument in arguments])
+        if result.exception and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return Answer(result.exit_code, result.stdout, result.stderr)
+
+    if request.param == "folder":
+        monkeypatch.setenv("LORAPLEX_REGISTRY", str(tmp_path / "registry"))
+        yield run
+        return
+    with Registry(tmp_path / "registry") as local, served(local) as url:
+        monkeypatch.setenv("LORAPLEX_REGISTRY", url)
+        yield run
+
+
+@pytest.fixture
+def trained(run, base, tmp_path):
+    """The trainer's output for quotes-tagger, where push looks for it, and a second try of it."""
+    Adapter(rank=8, seed=1).write(tmp_path / "second", make_receipt(base))
+    return Adapter().write(tmp_path / "work" / "adapters" / "quotes-tagger", make_receipt(base))
+
+
+def test_an_empty_registry_says_what_to_do(run):
+    answer = run("list")
+    assert answer.code == 0
+    assert answer.out.startswith("no adapters yet in ")
+    assert answer.out.endswith("keep the first with: registry push NAME [DIR]\n")
+    assert json.loads(run("list", "--format", "json").out) == []
+
+
+def test_the_whole_life_of_an_adapter(run, trained, tmp_path):
+    pushed = run("push", "quotes-tagger", "-m", "the first")
+    assert pushed.out.startswith("pushed quotes-tagger:1 (")
+    assert run("push", "quotes-tagger").out.startswith("already quotes-tagger:1 sha256:")
+    assert run("push", "quotes-tagger", tmp_path / "second").out.startswith("pushed quotes-tagger:2 (")
+    moved = run("promote", "quotes-tagger:1", "--to", "production", "--reason", "it works")
+    assert moved.out == "quotes-tagger@production: quotes-tagger:1\n"
+    again = run("promote", "quotes-tagger:1", "--to", "production")
+    assert again.out == "quotes-tagger@production already points to quotes-tagger:1\n"
+    moved = run("promote", "quotes-tagger:2", "--to", "production")
+    assert moved.out == "quotes-tagger@production: quotes-tagger:1 → quotes-tagger:2\n"
+    moved = run("rollback", "quotes-tagger@production")
+    assert moved.out == "quotes-tagger@production: quotes-tagger:2 → quotes-tagger:1\n"
+
+    head, row = run("list").out.splitlines()
+    assert head.split() == ["adapter", "newest", "aliases", "base", "rank", "size", "metrics", "pushed"]
+    assert row.split()[:6] == ["quotes-tagger", "2", "production", "→", "1", "tiny/base"]
+    assert "tag_f1 0.75, stop_rate 1" in row
+    _, second, first = run("versions", "quotes-tagger").out.splitlines()
+    assert second.startswith("quotes-tagger:2 ")
+    assert first.split()[:2] == ["quotes-tagger:1", "production"]
+    assert "the first" in first
+    _, latest, *_, oldest = run("history", "quotes-tagger@production").out.splitlines()
+    assert "rollback" in latest
+    assert "it works" in oldest
+    shown = run("show", "quotes-tagger").out
+    for word in ("quotes-tagger:1", "nf4+double:bfloat16", "down_proj, up_proj", "adapter_model.safetensors"):
+        assert word in shown
+
+    assert run("pull", "quotes-tagger").out.startswith("pulled quotes-tagger:1 to quotes-tagger sha256:")
+    pulled = tmp_path / "work" / "quotes-tagger"
+    assert all((pulled / file.name).read_bytes() == file.read_bytes() for file in trained.iterdir())
+    for what in ((), ("--all",)):
+        assert run("verify", *what).out == "all versions: every file is what its digest says\n"
+    assert run("verify", "quotes-tagger:2").out == "quotes-tagger:2: every file is what its digest says\n"
+
+
+def test_json(run, trained):
+    run("push", "quotes-tagger")
+    run("promote", "quotes-tagger:1", "--to", "production")
+    (listed,) = json.loads(run("list", "--format", "json").out)
+    (version,) = json.loads(run("versions", "quotes-tagger", "--format", "json").out)
+    shown = json.loads(run("show", "quotes-tagger", "--format", "json").out)
+    (move,) = json.loads(run("history", "quotes-tagger@production", "--format", "json").out)
+    assert shown["version"] == version == {key: value for key, value in listed.items() if key != "pointers"}
+    assert listed["pointers"] == {"production": 1}
+    assert (version["number"], version["aliases"], version["rank"]) == (1, ["production"], 4)
+    assert len(shown["manifest"]["files"]) == 3
+    assert (move["from_number"], move["to_number"], move["action"]) == (None, 1, "promote")
+    assert json.loads(run("verify", "--format", "json").out) == []
+
+
+def test_verify_names_damage_and_fails(run, trained, store):
+    run("push", "quotes-tagger")
+    shown = json.loads(run("show", "quotes-tagger", "--format", "json").out)
+    weights = next(f for f in shown["manifest"]["files"] if f["path"] == "adapter_model.safetensors")
+    store.path(weights["sha256"]).write_bytes(b"short")
+    answer = run("verify")
+    assert answer.code == 1
+    row = answer.out.splitlines()[1]
+    assert row.split()[:2] == ["quotes-tagger:1", "adapter_model.safetensors"]
+    assert f"truncated: 5 of {weights['bytes']} bytes" in row
+    (fault,) = json.loads(run("verify", "quotes-tagger:1", "--format", "json").out)
+    assert fault["version"] == "quotes-tagger:1"
+    refused = run("pull", "quotes-tagger", "out")
+    assert refused.code == 1
+    assert "adapter_model.safetensors" in refused.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("show", "quotes-tager"), "no adapter 'quotes-tager'; the nearest is 'quotes-tagger'"),
+        (("pull", "quotes-tagger:9"), "no version 'quotes-tagger:9'; the nearest is 'quotes-tagger:1'"),
+        (("versions", "Not A Name"), "'Not A Name' is not an adapter name"),
+        (("history", "quotes-tagger"), "names no alias: expected for instance quotes-tagger@production"),
+        (("rollback", "quotes-tagger@production"), "no alias 'quotes-tagger@production'"),
+        (("promote", "quotes-tagger", "--to", "1"), "'1' is not an alias"),
+        (("push", "other"), "no folder for 'other': looked for adapters/other and "),
+        (("push", "other", "nowhere"), "'nowhere' is not a folder"),
+        (("push", "other", "adapters/quotes-tagger", "--base", "/nope"), "the base '/nope' is not a folder here"),
+        (("push", "other", "hf://nonsense"), "is not a Hub reference"),
+    ],
+)
+def test_mistakes_are_one_line(run, trained, arguments, words):
+    run("push", "quotes-tagger")
+    answer = run(*arguments)
+    assert (answer.code, answer.out) == (1, "")
+    assert answer.err.startswith("error: ")
+    assert words in answer.err
+    assert answer.err.count("\n") == 1
+
+
+def test_usage_errors_exit_with_2(run):
+    assert run("verify", "a:1", "--all").code == 2
+    assert run("promote", "a:1").code == 2
+    assert run("rollback", "a@b", "--to", "0").code == 2
+    assert run("nonsense").code == 2
+
+
+def test_the_registry_option_goes_before_or_after_the_verb(run, trained, tmp_path):
+    for place in (("--registry", tmp_path / "one", "list"), ("list", "--registry", tmp_path / "one")):
+        assert f"no adapters yet in {tmp_path / 'one'}" in run(*place).out
+
+
+def test_data_directories_that_cannot_be_used(run, trained, tmp_path):
+    (tmp_path / "file").write_text("x")
+    answer = run("--registry", tmp_path / "file", "push", "quotes-tagger")
+    assert (answer.code, answer.err) == (1, f"error: the data directory '{tmp_path / 'file'}' is not a folder\n")
+    answer = run("--registry", "/proc/nowhere", "push", "quotes-tagger")
+    assert answer.code == 1
+    assert answer.err.startswith("error: the data directory '/proc/nowhere' cannot be made: ")
+
+
+def test_the_trainers_folder_in_loraplex_home(run, base, tmp_path):
+    Adapter().write(tmp_path / "home" / "adapters" / "at-home", make_receipt(base))
+    assert run("push", "at-home").out.startswith("pushed at-home:1")
+
+
+def test_large_pushes_show_progress(run, trained, monkeypatch):
+    monkeypatch.setattr("loraplex_registry.cli.LARGE_BYTES", 100)
+    assert "push quotes-tagger" in run("push", "quotes-tagger").err
+
+
+def test_serve_refuses_what_it_cannot_do(run, tmp_path):
+    (tmp_path / "tokens").write_text("# none\n")
+    answer = run("--registry", tmp_path / "r", "serve", "--token-file", tmp_path / "tokens")
+    assert (answer.code, answer.err) == (1, f"error: the token file '{tmp_path / 'tokens'}' holds no token\n")
+    answer = run("--registry", tmp_path / "r", "serve", "--token-file", tmp_path / "no-file")
+    assert "cannot be read" in answer.err
+    answer = run("--registry", "http://127.0.0.1:1", "serve")
+    assert answer.err == "error: serve needs a folder, not http://127.0.0.1:1\n"

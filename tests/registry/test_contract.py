@@ -1,0 +1,255 @@
+"""What every registry does, in a folder and behind a URL: each test runs against both."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from loraplex_registry.errors import (
+    BaseNotFound,
+    CorruptBlob,
+    FolderNotEmpty,
+    InvalidAdapter,
+    InvalidReference,
+    NothingToRollBack,
+    UnknownAdapter,
+    UnknownAlias,
+    UnknownDigest,
+    UnknownVersion,
+)
+from loraplex_registry.registry import Registry
+from loraplex_registry.version import Fault
+
+from .conftest import Adapter, make_base, make_receipt
+
+# --- push ---
+
+
+def test_push_keeps_what_the_receipt_says(push, registry, base):
+    version = push(message="first")
+    assert (version.name, version.number, version.pushed) == ("quotes-tagger", 1, True)
+    assert version.base.id == "tiny/base"
+    assert version.base.fingerprint == make_receipt(base)["base"]["fingerprint"]
+    assert version.base.quantization == "nf4+double:bfloat16"
+    assert (version.rank, version.targets) == (4, ("down_proj", "up_proj"))
+    assert version.metrics == {"tag_f1": 0.75, "stop_rate": 1.0}
+    assert version.message == "first"
+    assert version.created_by
+    assert registry.versions("quotes-tagger") == [version]
+    manifest = registry.manifest(version.digest)
+    assert manifest.digest == version.digest
+    assert version.bytes == sum(entry.bytes for entry in manifest.files)
+
+
+def test_identical_bytes_make_no_new_version(push, registry, tmp_path):
+    first = push()
+    again = push()
+    assert (again.number, again.digest, again.pushed) == (1, first.digest, False)
+    assert push("other-name").number == 1
+    assert push(seed=1).number == 2
+    assert [version.number for version in registry.versions("quotes-tagger")] == [1, 2]
+    with Registry(tmp_path / "elsewhere") as elsewhere:
+        assert elsewhere.push("quotes-tagger", tmp_path / "made" / "quotes-tagger-0").digest == first.digest
+
+
+def test_refused_pushes_leave_nothing(registry, store, base, tmp_path):
+    folder = Adapter(config={"use_dora": True}).write(tmp_path / "adapter")
+    with pytest.raises(InvalidAdapter, match="DoRA"):
+        registry.push("x", folder, base=base)
+    with pytest.raises(InvalidReference):
+        registry.push("X!", folder, base=base)
+    with pytest.raises(InvalidAdapter, match="at most 4,096 are kept"):
+        registry.push("x", Adapter().write(tmp_path / "fine"), base=base, message="x" * 5000)
+    assert registry.list() == []
+    assert not store.staging.exists() or list(store.staging.iterdir()) == []
+    assert not store.blobs.exists()
+
+
+def test_where_the_base_comes_from(registry, base, tmp_path):
+    plain = Adapter().write(tmp_path / "plain")
+    with pytest.raises(BaseNotFound, match=r"tiny/base.*--base"):
+        registry.push("x", plain)
+    assert registry.push("x", plain, base=base).base.fingerprint
+    named = Adapter(config={"base_model_name_or_path": str(base)}).write(tmp_path / "named")
+    assert registry.push("x", named).number == 2
+    nameless = Adapter(config={"base_model_name_or_path": None}).write(tmp_path / "nameless")
+    with pytest.raises(BaseNotFound, match="does not say which base"):
+        registry.push("x", nameless)
+    other = make_base(tmp_path / "other", seed=5)
+    with pytest.raises(InvalidAdapter, match="trained on base tiny/base fingerprint"):
+        registry.push("x", Adapter().write(tmp_path / "r", make_receipt(base)), base=other)
+
+
+def test_progress_counts_every_byte(registry, base, tmp_path):
+    seen = []
+    version = registry.push("x", Adapter().write(tmp_path / "a"), base=base, progress=seen.append)
+    assert sum(seen) == version.bytes
+
+
+def test_parent_is_kept(registry, push, base, tmp_path):
+    parent = push().digest
+    receipt = make_receipt(base, parent={"name": "quotes-tagger", "version": 1, "digest": parent})
+    version = registry.push("quotes-tagger", Adapter(seed=3).write(tmp_path / "child", receipt))
+    assert registry.resolve("quotes-tagger:2").parent == version.parent == parent
+
+
+# --- names ---
+
+
+def test_a_bare_name_is_production_or_the_newest(push, registry):
+    push()
+    second = push(seed=1)
+    assert registry.resolve("quotes-tagger") == second
+    registry.promote("quotes-tagger:1", "production")
+    assert registry.resolve("quotes-tagger").number == 1
+    assert registry.resolve("quotes-tagger").aliases == ("production",)
+    push(seed=2)
+    assert registry.resolve("quotes-tagger").number == 1
+    assert registry.resolve(f"quotes-tagger@{second.digest}") == second
+    assert registry.resolve("quotes-tagger:3").number == 3
+
+
+def test_list_shows_the_newest_of_each(push, registry):
+    assert registry.list() == []
+    push("b"), push("a"), push("a", seed=1)
+    registry.promote("a:2", "staging")
+    registry.promote("a:2", "production")
+    registry.promote("b:1", "production")
+    assert [str(version) for version in registry.list()] == ["a:2", "b:1"]
+    assert registry.list()[0].aliases == ("production", "staging")
+    assert registry.aliases() == {"a": {"production": 2, "staging": 2}, "b": {"production": 1}}
+
+
+@pytest.mark.parametrize(
+    ("ref", "error", "nearest"),
+    [
+        ("quotes-tager", UnknownAdapter, "quotes-tagger"),
+        ("zzz", UnknownAdapter, None),
+        ("quotes-tagger:7", UnknownVersion, "quotes-tagger:2"),
+        ("quotes-tagger@prodution", UnknownAlias, "quotes-tagger@production"),
+        ("quotes-tagger@zzz", UnknownAlias, "quotes-tagger@production"),
+        ("quotes-tagger@sha256:" + "0" * 64, UnknownDigest, None),
+    ],
+)
+def test_unknown_names_tell_the_nearest(push, registry, ref, error, nearest):
+    push(), push(seed=1)
+    registry.promote("quotes-tagger:1", "production")
+    with pytest.raises(error) as caught:
+        registry.resolve(ref)
+    assert (caught.value.ref, caught.value.nearest) == (ref, nearest)
+    assert ref in str(caught.value)
+    assert nearest is None or nearest in str(caught.value)
+    assert isinstance(caught.value, LookupError)
+
+
+# --- aliases ---
+
+
+def test_the_ledger_tells_every_move(push, registry):
+    push(), push(seed=1), push(seed=2)
+    registry.promote("quotes-tagger:1", "production", "first")
+    registry.promote("quotes-tagger:2", "production")
+    registry.promote("quotes-tagger:3", "production")
+    assert not registry.promote("quotes-tagger:3", "production").moved
+    assert registry.rollback("quotes-tagger@production").to_number == 2
+    assert registry.rollback("quotes-tagger@production", reason="still bad").to_number == 1  # not back to 3
+    with pytest.raises(NothingToRollBack, match="give --to VERSION"):
+        registry.rollback("quotes-tagger@production")
+    assert registry.rollback("quotes-tagger@production", to=3).from_number == 1
+    moves = registry.history("quotes-tagger", "production")
+    assert [(move.from_number, move.to_number, move.action) for move in moves] == [
+        (None, 1, "promote"),
+        (1, 2, "promote"),
+        (2, 3, "promote"),
+        (3, 2, "rollback"),
+        (2, 1, "rollback"),
+        (1, 3, "rollback"),
+    ]
+    assert moves[0].reason == "first"
+    assert all(move.who for move in moves)
+    assert moves[4].reason == "still bad"
+    assert [move.at for move in moves] == sorted(move.at for move in moves)
+    assert registry.resolve("quotes-tagger").number == 3
+
+
+def test_moves_that_cannot_be(push, registry):
+    push()
+    with pytest.raises(UnknownVersion):
+        registry.promote("quotes-tagger:2", "production")
+    with pytest.raises(InvalidReference, match="is not an alias"):
+        registry.promote("quotes-tagger:1", "Pro Duction")
+    with pytest.raises(UnknownAlias):
+        registry.rollback("quotes-tagger@production")
+    registry.promote("quotes-tagger", "production")
+    with pytest.raises(UnknownVersion):
+        registry.rollback("quotes-tagger@production", to=9)
+    assert len(registry.history("quotes-tagger", "production")) == 1
+
+
+# --- content ---
+
+
+def test_pull_gives_back_the_bytes(push, registry, tmp_path):
+    version = push()
+    made = tmp_path / "made" / "quotes-tagger-0"
+    assert registry.pull("quotes-tagger:1", tmp_path / "out" / "here") == version
+    for file in made.iterdir():
+        assert (tmp_path / "out" / "here" / file.name).read_bytes() == file.read_bytes()
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["here"]
+    registry.pull("quotes-tagger:1", tmp_path / "out" / "here")  # again is fine: it holds exactly this
+    push(seed=1)
+    with pytest.raises(FolderNotEmpty, match="holds something else"):
+        registry.pull("quotes-tagger:2", tmp_path / "out" / "here")
+    (tmp_path / "empty").mkdir()
+    assert registry.pull("quotes-tagger:2", tmp_path / "empty").number == 2
+
+
+def spoil(file, how):
+    if how == "missing":
+        file.unlink()
+    elif how == "truncated":
+        file.write_bytes(file.read_bytes()[:-3])
+    else:
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.write_bytes(data)
+
+
+@pytest.mark.parametrize("how", ["missing", "truncated", "altered"])
+def test_damage_is_named_and_never_handed_out(push, registry, store, tmp_path, how):
+    version, shared = push(), push("copy")
+    healthy = push(seed=1)
+    weights = next(e for e in registry.manifest(version.digest).files if e.path == "adapter_model.safetensors")
+    assert registry.verify() == []
+    spoil(store.path(weights.sha256), how)
+    with pytest.raises(CorruptBlob, match=f"adapter_model.safetensors.*{weights.sha256}") as caught:
+        registry.fetch(version.digest, tmp_path / "out")
+    assert isinstance(caught.value, OSError)
+    assert not (tmp_path / "out").exists()
+    faults = registry.verify()
+    assert [(fault.version, fault.path) for fault in faults] == [
+        (str(shared), "adapter_model.safetensors"),
+        (str(version), "adapter_model.safetensors"),
+    ]
+    assert all(fault.what.startswith(how) for fault in faults)
+    assert registry.verify(str(healthy)) == []
+    push()  # the same bytes again heal the store
+    assert registry.verify() == []
+
+
+def test_a_damaged_manifest_is_a_fault(push, registry, store, tmp_path):
+    version = push()
+    spoil(store.path(version.digest.removeprefix("sha256:")), "altered")
+    assert registry.verify() == [Fault("quotes-tagger:1", "manifest.json", "altered")]
+    with pytest.raises(CorruptBlob, match=r"manifest\.json"):
+        registry.pull("quotes-tagger", tmp_path / "out")
+
+
+def test_fetches_at_once_agree(push, registry, tmp_path):
+    digest = push().digest
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: registry.fetch(digest, tmp_path / "out"), range(32)))
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "receipt.json",
+    ]
