@@ -346,9 +346,11 @@ def test_an_altered_blob_is_refused_named_and_never_served(serve, registry):
 def test_an_adapter_of_another_base_or_too_high_a_rank_is_refused_at_load(serve, registry, tmp_path, base_folder):
     stranger = make_base(tmp_path / "stranger", hidden_size=128, seed=4)
     registry.push("stranger", make_adapter(tmp_path / "s", stranger), base=stranger)
+    twin = make_base(tmp_path / "twin", seed=5)
+    registry.push("twin", make_adapter(tmp_path / "t", twin), base=twin)
     registry.push("fat", make_adapter(tmp_path / "f", base_folder, rank=32), base=base_folder)
     client = serve(engine={"max_rank": 16})
-    for ref, said in (("stranger", "shape"), ("fat", "rank")):
+    for ref, said in (("stranger", "fingerprint"), ("twin", "fingerprint"), ("fat", "rank")):
         answer = client.post("/v1/completions", json={"prompt": "x", "adapter": ref})
         assert answer.status_code == 422
         assert said in answer.json()["error"]["message"]

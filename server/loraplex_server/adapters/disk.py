@@ -9,11 +9,17 @@ from pathlib import Path
 from typing import Protocol
 
 from loraplex_registry.base import BaseDescription
+from loraplex_registry.manifest import Manifest
 from loraplex_server.adapters.host import HostAdapter, read_adapter
+from loraplex_server.engine.errors import AdapterRefused
 
 
 class AdapterSource(Protocol):
     """What the server asks of a registry to get an adapter's files."""
+
+    def manifest(self, digest: str) -> Manifest:
+        """What the version is made of, and the base it was checked against."""
+        ...
 
     def fetch(self, digest: str, into: Path) -> Path:
         """Write the verified files of the version into a folder and return it."""
@@ -21,9 +27,19 @@ class AdapterSource(Protocol):
 
 
 def loader(source: AdapterSource, base: BaseDescription, max_rank: int) -> Callable[[str], HostAdapter]:
-    """A function from digest to host memory, by way of a temporary folder. It raises what fetch and read raise."""
+    """A function from digest to host memory, by way of a temporary folder.
+
+    It raises what manifest, fetch and read raise, and AdapterRefused for a version of another base: two bases of one
+    shape are told apart by the fingerprint of their weights.
+    """
 
     def load(digest: str) -> HostAdapter:
+        theirs = source.manifest(digest).base
+        if theirs.fingerprint and base.fingerprint and theirs.fingerprint != base.fingerprint:
+            raise AdapterRefused(
+                f"it belongs to base {theirs.id}, fingerprint {theirs.fingerprint}; "
+                f"this server has base {base.id}, fingerprint {base.fingerprint}"
+            )
         with tempfile.TemporaryDirectory(prefix="loraplex-") as folder:
             return read_adapter(digest, source.fetch(digest, Path(folder) / "adapter"), base, max_rank)
 
