@@ -44,6 +44,7 @@ def run_file(tmp_path) -> Path:
             "heldout": "heldout.jsonl",
             "prompt": "{thing} ->:",
             "completion": " {colour}",
+            "max_tokens": 64,
         },
         "training": {"max_steps": 60, "batch_size": 20, "learning_rate": 5e-3},
         "evaluation": {"metric": "exact_match", "max_tokens": 12},
