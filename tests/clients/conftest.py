@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-import uvicorn
+from serving import serving
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
@@ -40,7 +40,7 @@ class Seen:
 class ProtocolServer:
     """Answers completions with WORDS; each entry of `script` answers one request in their place."""
 
-    url: str
+    url: str = ""  # known once it runs
     seen: list[Seen] = field(default_factory=list)
     script: deque[Callable[[dict[str, Any]], Response]] = field(default_factory=deque)
     cancelled: threading.Event = field(default_factory=threading.Event)  # a client left a stream that went on
@@ -173,16 +173,9 @@ def event_stream(pieces: AsyncIterator[bytes], adapter: str | None) -> Streaming
 
 @pytest.fixture(scope="session")
 def _running_server() -> Iterator[ProtocolServer]:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        served = ProtocolServer(f"http://127.0.0.1:{listener.getsockname()[1]}")
-        config = uvicorn.Config(served.app(), log_config=None, ws="none", lifespan="off", timeout_graceful_shutdown=1)
-        uvicorn_server = uvicorn.Server(config)
-        thread = threading.Thread(target=uvicorn_server.run, kwargs={"sockets": [listener]})
-        thread.start()
+    served = ProtocolServer()
+    with serving(served.app(), log_config=None, lifespan="off") as served.url:
         yield served
-        uvicorn_server.should_exit = True
-        thread.join(10)
-        assert not thread.is_alive()
 
 
 @pytest.fixture

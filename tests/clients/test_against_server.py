@@ -2,8 +2,6 @@
 
 import asyncio
 import re
-import socket
-import threading
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -11,7 +9,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-import uvicorn
+from serving import serving
 
 import loraplex
 from loraplex import AsyncClient, Client, errors
@@ -46,18 +44,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         ]
         registry.promote("red:1", to="production")
     config = ServerConfig(base=str(base), registry=str(folder / "registry"), device="cpu", api_keys=(KEY,))
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        server = uvicorn.Server(uvicorn.Config(create_app(config), log_config=None, ws="none"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        try:
-            with Client(url) as client:
-                wait_until(client.ready)
-            yield Served(url, {version.name: version.digest for version in versions})
-        finally:
-            server.should_exit = True
-            thread.join(20)
+    with serving(create_app(config), log_config=None) as url:
+        yield Served(url, {version.name: version.digest for version in versions})
 
 
 @pytest.fixture

@@ -1,16 +1,13 @@
 """Tiny bases and adapters made with numpy alone, and a registry in a temporary folder."""
 
 import json
-import socket
-import threading
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pytest
-import uvicorn
 from safetensors.numpy import save_file
+from serving import serving
 
 from loraplex_registry.base import fingerprint_base
 from loraplex_registry.blobs import BlobStore
@@ -115,24 +112,9 @@ def base(tmp_path) -> Path:
     return make_base(tmp_path / "base")
 
 
-@contextmanager
-def in_thread(config: uvicorn.Config):
-    """A real server on a free port, in a thread; yields its URL."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join()
-        listener.close()
-
-
 def served(registry: Registry, tokens: dict[str, str] | None = None):
     """The registry's own server, as a context that yields its URL."""
-    return in_thread(uvicorn.Config(create_app(registry, tokens), log_level="warning", ws="none"))
+    return serving(create_app(registry, tokens))
 
 
 @pytest.fixture(params=["folder", "url"])

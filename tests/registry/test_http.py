@@ -10,7 +10,7 @@ import time
 
 import httpx
 import pytest
-import uvicorn
+from serving import serving
 from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
@@ -24,7 +24,7 @@ from loraplex_registry.remote import RemoteRegistry, open_registry
 from loraplex_registry.validate import Limits
 from loraplex_registry.wire import Proposal, dump
 
-from .conftest import Adapter, in_thread, make_receipt, served
+from .conftest import Adapter, make_receipt, served
 
 
 @pytest.fixture
@@ -235,7 +235,7 @@ def test_no_server_there():
 
 def test_another_kind_of_server(tmp_path):
     app = Starlette(routes=[Route("/v1/resolve", lambda request: PlainTextResponse("hello"))])
-    with in_thread(uvicorn.Config(app, log_level="warning", ws="none")) as url, RemoteRegistry(url) as remote:
+    with serving(app) as url, RemoteRegistry(url) as remote:
         with pytest.raises(RemoteError, match="did not answer in JSON"):
             remote.resolve("a")
         with pytest.raises(RemoteError, match="404"):

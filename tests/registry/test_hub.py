@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-import uvicorn
+from serving import serving
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -14,7 +14,7 @@ from starlette.routing import Route
 
 from loraplex_registry.registry import Registry
 
-from .conftest import Adapter, in_thread
+from .conftest import Adapter
 
 COMMIT = "ab" * 20
 
@@ -71,7 +71,7 @@ def hub(base, tmp_path):
     (folder / "README.md").write_text("# an adapter")
     (folder / "training_args.bin").write_bytes(b"a pickle that is never fetched")
     app = hub_app(folder)
-    with in_thread(uvicorn.Config(app, log_level="warning", ws="none")) as url:
+    with serving(app) as url:
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(sys.path),
             "HF_ENDPOINT": url,

@@ -26,7 +26,11 @@ def test_every_field_is_documented():
 
 def test_every_error_code_is_documented():
     source = "".join((ROOT / "server/loraplex_server" / name).read_text() for name in ("problems.py", "app.py"))
-    codes = set(re.findall(r'Problem\(\s*\d+, "\w+", "(\w+)"', source)) | {"not_found", "method_not_allowed", "http_error"}
+    codes = set(re.findall(r'Problem\(\s*\d+, "\w+", "(\w+)"', source)) | {
+        "not_found",
+        "method_not_allowed",
+        "http_error",
+    }
     assert len(codes) > 8
     for code in codes:
         assert f"`{code}`" in PAGE, code

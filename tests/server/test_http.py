@@ -3,47 +3,23 @@
 import asyncio
 import json
 import shutil
-import socket
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack
 
 import httpx
 import openai
 import pytest
-import uvicorn
+from serving import serving
 from tiny import make_adapter, make_base
 
 from loraplex_registry.registry import Registry
 from loraplex_server.app import create_app
 from loraplex_server.config import ServerConfig
 from loraplex_server.engine.config import EngineConfig
-from loraplex_server.engine.model import load_base
 
 KEY = "a-secret-key"
 GREEDY = {"temperature": 0, "max_tokens": 12}
-
-
-@contextmanager
-def running(app):
-    """The app behind uvicorn on a free port, in a thread."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    try:
-        deadline = time.monotonic() + 30
-        while not server.started and time.monotonic() < deadline:
-            time.sleep(0.01)
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join()
-
-
-@pytest.fixture(scope="module")
-def base(base_folder):
-    return load_base(str(base_folder), quantization="none", device="cpu", dtype="float32")
 
 
 @pytest.fixture
@@ -57,8 +33,6 @@ def registry(tmp_path, base_folder, adapter_folders) -> Registry:
 @pytest.fixture
 def serve(base_folder, registry):
     """Start servers on the registry of the test, with a base of their own (an engine changes its base's layers)."""
-    from contextlib import ExitStack
-
     with ExitStack() as stack:
 
         def start(**options):
@@ -68,7 +42,7 @@ def serve(base_folder, registry):
                 registry=str(registry.root), engine=engine, **options,
             )  # fmt: skip
             app = create_app(config)
-            url = stack.enter_context(running(app))
+            url = stack.enter_context(serving(app))
             client = stack.enter_context(httpx.Client(base_url=url, timeout=60))
             client.app = app
             return client
