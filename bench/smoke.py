@@ -3,11 +3,16 @@
 Every round runs every system once, in turn; ratios are taken round by round. Usage: scripts/bench smoke [--rounds N]
 """
 
+# ruff: noqa: E402 - what dependencies say as they are imported is quieted first
 import argparse
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+from loraplex_server.engine.upstream import quiet
+
+quiet()
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -17,7 +22,6 @@ from loraplex_server.engine.config import EngineConfig
 from loraplex_server.engine.engine import Engine
 from loraplex_server.engine.model import Base, load_base
 from loraplex_server.engine.request import SamplingParams
-from loraplex_server.engine.upstream import quiet
 
 ROOT = Path(__file__).parents[1]
 NEW_TOKENS = 48
@@ -32,7 +36,6 @@ def main() -> None:
     options.add_argument("--rounds", type=int, default=5)
     options.add_argument("--base", default=str(ROOT / "demo/base"))
     chosen = options.parse_args()
-    quiet()
     with tempfile.TemporaryDirectory() as folder:
         adapters = [make_adapter(chosen.base, Path(folder) / f"a{i}", seed=i) for i in range(ADAPTERS)]
         results = measure(systems(chosen.base, adapters), chosen.rounds)
