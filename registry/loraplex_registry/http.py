@@ -5,11 +5,11 @@ server reads no path that a caller names; it checks the adapter against the desc
 """
 
 import hmac
-import json
 from pathlib import Path
 from typing import Any
 
 from anyio.to_thread import run_sync
+from pydantic_core import from_json
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from . import errors
 from .errors import RegistryError
 from .manifest import FileEntry
-from .reference import check_digest, check_name, parse_alias
+from .reference import Reference, check_digest, check_name, parse_alias
 from .registry import Registry, writing
 from .uploads import Upload, forget, gather
 from .version import AliasMove, Fault, Version
@@ -180,7 +180,9 @@ async def promote(request: Request) -> Response:
 
 async def rollback(request: Request) -> Response:
     body = _fields(await _json(request), {"ref": str}, {"to": int, "reason": str})
-    registry = _registry(request)
+    registry, (name, _) = _registry(request), parse_alias(body["ref"])
+    if "to" in body:
+        Reference.parse(f"{name}:{body['to']}")  # a number that no version has is told before SQLite sees it
     move = await run_sync(
         lambda: registry.rollback(body["ref"], body.get("to"), body.get("reason", ""), who=_who(request))
     )
@@ -231,8 +233,8 @@ async def _json(request: Request) -> Any:
         if len(body) > BODY_BYTES:
             raise errors.TooLarge(f"the body is larger than {BODY_BYTES:,} bytes, which is the limit")
     try:
-        return json.loads(body)
-    except (ValueError, RecursionError) as error:
+        return from_json(bytes(body))  # unlike json, it refuses half a surrogate pair, which no UTF-8 can carry
+    except ValueError as error:
         raise errors.InvalidRequest(f"the body is not JSON: {error}") from error
 
 

@@ -80,7 +80,7 @@ class BearerKeys:
     def _allowed(self, scope: Scope) -> bool:
         header = HttpRequest(scope).headers.get("authorization", "")
         scheme, _, key = header.partition(" ")
-        given = hashlib.sha256(key.strip().encode()).digest()
+        given = hashlib.sha256(key.strip().encode("latin-1")).digest()
         matches = [hmac.compare_digest(given, known) for known in self._hashes]
         return scheme.lower() == "bearer" and any(matches)
 
@@ -89,4 +89,6 @@ async def _http_problem(http: HttpRequest, error: Any) -> Response:
     """Starlette's own refusals (no such path, wrong method) in OpenAI's shape."""
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
     message = f"{http.method} {http.url.path}: {error.detail}"
-    return Problem(error.status_code, "invalid_request_error", code, message).response()
+    response = Problem(error.status_code, "invalid_request_error", code, message).response()
+    response.headers.update(error.headers or {})
+    return response

@@ -7,6 +7,7 @@ import asyncio
 import logging
 import threading
 from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import suppress
 from queue import Empty, SimpleQueue
 
 from loraplex_server.engine.engine import Delta, Engine
@@ -33,6 +34,7 @@ class EngineLoop:
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._waiting: dict[str, Deliver] = {}  # by request id; the engine's thread alone touches it
         self._stopping = False
+        self._gate = threading.Lock()  # nothing is posted once it was stopped
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     @property
@@ -46,7 +48,7 @@ class EngineLoop:
 
     def stop(self) -> None:
         """End the thread; requests still running are answered with EngineStopped."""
-        self._stopping = True
+        self._close()
         self._wake.set()
         self._thread.join()
 
@@ -73,19 +75,28 @@ class EngineLoop:
                 yield item
         finally:
             if left:
-                self._post(lambda: self._abort(requests))
+                with suppress(EngineStopped):  # then nothing runs any more
+                    self._post(lambda: self._abort(requests))
 
     def warm(self, key: str) -> None:
         """Begin to load an adapter that nobody asked for yet."""
         self._post(lambda: self.engine.residency.warm(key))
 
     def _post(self, command: Callable[[], None]) -> None:
-        if not self.alive:
-            raise EngineStopped("the engine is not running")
-        self._commands.put(command)
+        with self._gate:
+            if not self.alive:
+                raise EngineStopped("the engine is not running")
+            self._commands.put(command)
         self._wake.set()
 
+    def _close(self) -> None:
+        with self._gate:
+            self._stopping = True
+
     def _add(self, requests: Sequence[Request], deliver: Deliver) -> None:
+        if self._stopping:
+            deliver(EngineStopped("the server is stopping"))
+            return
         try:
             for request in requests:
                 self.engine.add(request)
@@ -109,11 +120,12 @@ class EngineLoop:
                 if not deltas and not self.engine.scheduler.running:
                     self._wake.wait()
             self._fail_all(EngineStopped("the server is stopping"))
+            self._obey()
         except BaseException as error:
             log.exception("the engine's thread ended")
-            self._stopping = True
-            self._obey()
+            self._close()
             self._fail_all(EngineStopped(f"the engine ended: {error!r}"))
+            self._obey()
             raise
 
     def _obey(self) -> None:

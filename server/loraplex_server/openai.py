@@ -5,10 +5,11 @@ Source: https://platform.openai.com/docs/api-reference/completions. ``adapter``,
 """
 
 import difflib
-import json
-from typing import Annotated, Any, Literal
+import reprlib
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
+from pydantic_core import from_json
 
 from loraplex_server.engine.errors import InvalidRequest
 from loraplex_server.engine.request import Request, SamplingParams
@@ -18,6 +19,17 @@ MAX_CHOICES = 16
 MAX_STOPS = 16
 # Fields of OpenAI's that this version cannot honour; asking for them is an error, their neutral value is not.
 _NOT_YET: dict[str, tuple[Any, ...]] = {"logprobs": (None,), "suffix": (None, "")}
+
+
+class _AtFirst(FailFast):
+    """Stops at the first wrong item of a list: without it a long list of wrong items makes an error of each."""
+
+    def __hash__(self) -> int:  # Python 3.11 wants it of what stands in a union
+        return id(self)
+
+
+T = TypeVar("T")
+Items = Annotated[list[T], _AtFirst()]
 
 
 class StreamOptions(BaseModel):
@@ -31,7 +43,7 @@ class CompletionBody(BaseModel):
     """The body of POST /v1/completions. A null field is one that was left out."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | Items[str] | Items[int] | Items[Items[int]]
     model: str | None = None
     adapter: str | None = None
     max_tokens: int = 16
@@ -41,8 +53,8 @@ class CompletionBody(BaseModel):
     min_p: float = 0.0
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
     best_of: int | None = None
-    stop: str | list[str] = Field(default_factory=list)
-    stop_token_ids: list[int] = Field(default_factory=list)
+    stop: str | Items[str] = Field(default_factory=list)
+    stop_token_ids: Items[int] = Field(default_factory=list)
     seed: int | None = None
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
@@ -96,8 +108,8 @@ def parse_completion(body: bytes) -> CompletionBody:
         InvalidRequest: not a JSON object, an unknown field (the nearest is named), a wrong type, a value out of range.
     """
     try:
-        data = json.loads(body)
-    except (ValueError, RecursionError) as error:
+        data = from_json(body)  # unlike json, it refuses half a surrogate pair, which no UTF-8 can carry
+    except ValueError as error:
         raise InvalidRequest(f"the body is not valid JSON: {error}", "body") from error
     if not isinstance(data, dict):
         raise InvalidRequest(f"the body is a JSON {type(data).__name__}, expected an object", "body")
@@ -122,8 +134,7 @@ def parse_completion(body: bytes) -> CompletionBody:
 def _first(error: ValidationError, data: dict[str, Any]) -> InvalidRequest:
     first = error.errors()[0]
     name = str(first["loc"][0])
-    shown = repr(data.get(name))
-    shown = shown if len(shown) <= 80 else shown[:77] + "..."
+    shown = reprlib.repr(data.get(name))
     if name == "prompt":  # a union: pydantic names only its first arm
         expected = "a string, a list of strings, a list of token ids, or a list of those"
     elif name == "stop":

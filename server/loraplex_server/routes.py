@@ -2,11 +2,13 @@
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing, suppress
-from typing import Any
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+from typing import Any, TypeVar
 
+from anyio.to_thread import run_sync
 from starlette.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -17,6 +19,8 @@ from loraplex_server.openai import CompletionBody, choice, completion, parse_com
 from loraplex_server.problems import TooLarge, problem
 from loraplex_server.service import Job, Service
 
+T = TypeVar("T")
+
 
 async def completions(http: HttpRequest) -> Response:
     """POST /v1/completions."""
@@ -25,10 +29,12 @@ async def completions(http: HttpRequest) -> Response:
     try:
         body = parse_completion(await _read(http))
         param = "adapter" if body.adapter is not None else "model"
-        version = await run_in_threadpool(service.resolve, body)
+        version = None if service.wants_base(body) else await _from_registry(service, service.resolve, body)
         label = version.name if version else "base"
         job = await run_in_threadpool(service.job, body, version)
-        answer = await (_streamed(service, job, body) if body.stream else _whole(service, job, body, http))
+        answer = await (_streamed if body.stream else _whole)(service, job, body, http)
+    except ClientDisconnect:
+        return Response(status_code=499)  # nobody reads it: the client closed the connection
     except Exception as error:
         found = problem(error, param)
         service.metrics.request_failed(label, found.code)
@@ -40,7 +46,7 @@ async def completions(http: HttpRequest) -> Response:
 
 
 async def _whole(service: Service, job: Job, body: CompletionBody, http: HttpRequest) -> Response:
-    """Wait for every sequence; a client that hangs up aborts them."""
+    """Wait for every sequence."""
     texts = {r.id: prompt if body.echo else "" for r, prompt in zip(job.requests, job.prompt_texts, strict=True)}
 
     async def collect() -> None:
@@ -48,25 +54,15 @@ async def _whole(service: Service, job: Job, body: CompletionBody, http: HttpReq
             async for delta in deltas:
                 texts[delta.request.id] += delta.text
 
-    work, gone = asyncio.ensure_future(collect()), asyncio.ensure_future(_disconnected(http))
-    try:
-        await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
-        if not work.done():
-            return Response(status_code=499)  # nobody reads it: the client closed the connection
-        await work
-    finally:
-        for task in (work, gone):
-            task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
+    await _heard(http, collect())
     choices = [choice(i, texts[r.id], r.finish_reason) for i, r in enumerate(job.requests)]
     return JSONResponse(completion(_head(job), choices, usage(job.requests, job.n)))
 
 
-async def _streamed(service: Service, job: Job, body: CompletionBody) -> Response:
+async def _streamed(service: Service, job: Job, body: CompletionBody, http: HttpRequest) -> Response:
     """Server-sent events. The first delta is awaited here, so that what fails at once gets a status of its own."""
     deltas = service.run(job)
-    first = await anext(deltas)
+    first = await _heard(http, anext(deltas))
     return StreamingResponse(_events(service, job, body, first, deltas), media_type="text/event-stream")
 
 
@@ -121,15 +117,38 @@ async def _read(http: HttpRequest) -> bytes:
     return bytes(data)
 
 
+async def _heard(http: HttpRequest, work: Awaitable[T]) -> T:
+    """The result of the work, which is cancelled when the client hangs up.
+
+    Raises:
+        ClientDisconnect: the client hung up.
+    """
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(http))
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        task.cancel()
+        gone.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
 async def _disconnected(http: HttpRequest) -> None:
     while (await http.receive())["type"] != "http.disconnect":
         pass
 
 
+async def _from_registry(service: Service, ask: Callable[..., T], *args: Any) -> T:
+    return await run_sync(ask, *args, limiter=service.registry_threads)
+
+
 async def models(http: HttpRequest) -> Response:
     """GET /v1/models."""
+    service: Service = http.app.state.service
     try:
-        data = await run_in_threadpool(http.app.state.service.models)
+        data = await _from_registry(service, service.models)
     except Exception as error:
         return problem(error).response()
     return JSONResponse({"object": "list", "data": data})
@@ -137,8 +156,9 @@ async def models(http: HttpRequest) -> Response:
 
 async def model(http: HttpRequest) -> Response:
     """GET /v1/models/{id}."""
+    service: Service = http.app.state.service
     try:
-        return JSONResponse(await run_in_threadpool(http.app.state.service.model, http.path_params["name"]))
+        return JSONResponse(await _from_registry(service, service.model, http.path_params["name"]))
     except Exception as error:
         return problem(error, "model").response()
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
 
+from anyio import CapacityLimiter
+
 from loraplex_registry.errors import UnknownAdapter
 from loraplex_registry.version import Version
 from loraplex_server.engine.engine import Delta
@@ -20,6 +22,8 @@ from loraplex_server.loop import EngineLoop
 from loraplex_server.metrics import BASE, Metrics, ServedVersion, Snapshot
 from loraplex_server.openai import CompletionBody
 from loraplex_server.watch import RegistrySource, RegistryWatch
+
+REGISTRY_THREADS = 32  # apart from all others, so that a registry that hangs holds up its own callers alone
 
 
 @dataclass(frozen=True)
@@ -48,14 +52,19 @@ class Service:
         self.engine = loop.engine
         self.base = loop.engine.base
         self.registry = registry
+        self.registry_threads = CapacityLimiter(REGISTRY_THREADS)
         self.metrics = metrics
         self.started = int(time.time())
         self.watch = RegistryWatch(registry, self._alias_moved)
         self._versions: dict[str, Version] = {}  # by digest: what was resolved here
         metrics.observe_state(self.snapshot)
 
-    def resolve(self, body: CompletionBody) -> Version | None:
-        """The adapter version a body asks for, or None for the base. Called off the event loop.
+    def wants_base(self, body: CompletionBody) -> bool:
+        """Whether a body asks for the base alone, which needs no registry."""
+        return body.adapter is None and body.model in (None, self.base.id)
+
+    def resolve(self, body: CompletionBody) -> Version:
+        """The adapter version a body asks for. Called off the event loop.
 
         Raises:
             InvalidRequest: adapter and model contradict each other.
@@ -69,8 +78,7 @@ class Service:
                     "model",
                 )
             return self._remember(self.registry.resolve(body.adapter))
-        if body.model is None or body.model == self.base.id:
-            return None
+        assert body.model is not None  # else it wants the base
         return self._remember(self._resolve_model(body.model))
 
     def job(self, body: CompletionBody, version: Version | None) -> Job:
@@ -82,15 +90,22 @@ class Service:
         job_id, now = f"cmpl-{uuid4().hex}", time.monotonic()
         digest = version.digest if version else None
         requests, texts = [], []
+        sequences, most = len(body.prompts) * body.n, self.engine.config.max_waiting
+        if sequences > most:
+            asked = f"{len(body.prompts)} prompts with n {body.n}"
+            raise InvalidRequest(
+                f"the request asks for {sequences} answers ({asked}), expected at most {most}",
+                "n" if body.n > 1 else "prompt",
+            )
         for at, prompt in enumerate(body.prompts):
             ids = self.base.tokenizer(prompt).input_ids if isinstance(prompt, str) else list(prompt)
-            text = prompt if isinstance(prompt, str) else (self.base.tokenizer.decode(ids) if body.echo else "")
             for i in range(body.n):
                 params = body.params if body.seed is None else body.model_copy(update={"seed": body.seed + i}).params
                 request = Request(f"{job_id}-{at * body.n + i}", list(ids), params, digest, now)
                 self.engine.check(request)
                 requests.append(request)
-                texts.append(text)
+            text = prompt if isinstance(prompt, str) else (self.base.tokenizer.decode(ids) if body.echo else "")
+            texts += [text] * body.n
         model = body.model or body.adapter or self.base.id
         return Job(job_id, int(time.time()), model, version, requests, texts, body.n)
 
@@ -185,7 +200,7 @@ class Service:
         return version
 
     def _alias_moved(self, version: Version) -> None:
-        if any(v.name == version.name for v in self._versions.values()):  # it is in use here
+        if any(v.name == version.name for v in list(self._versions.values())):  # it is in use here
             self._remember(version)
             self.loop.warm(version.digest)
 

@@ -62,7 +62,10 @@ class RegistryWatch:
             self._thread.join()
 
     def look(self) -> None:
-        """One look at the aliases; a registry that does not answer is noted, and what we know stays."""
+        """One look at the aliases; a registry that does not answer is noted, and what we know stays.
+
+        Whatever else goes wrong is logged with its trace: the watch must outlive it.
+        """
         try:
             aliases = self._registry.aliases()
             before, self._aliases = self._aliases, aliases
@@ -71,6 +74,9 @@ class RegistryWatch:
         except RegistryError as error:
             if self.up:
                 log.warning("the registry does not answer: %s", error)
+            self.up = False
+        except Exception:
+            log.exception("a look at the registry failed")
             self.up = False
         else:
             self.up, self._seen_at = True, monotonic()

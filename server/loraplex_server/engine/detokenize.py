@@ -38,7 +38,8 @@ class Detokenizer:
         self._ids.extend(token_ids)
         settled = self._decode(self._ids[self._window : self._read])
         decoded = self._decode(self._ids[self._window :])
-        if final or not decoded.endswith(_BROKEN):
+        # A token without text stays in the window: alone it would be no context for the space of the next one.
+        if final or (len(decoded) > len(settled) and not decoded.endswith(_BROKEN)):
             self._held += decoded[len(settled) :]
             self._window, self._read = self._read, len(self._ids)
         return self._release(final)

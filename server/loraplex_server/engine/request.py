@@ -50,6 +50,8 @@ class SamplingParams:
         _within("min_p", self.min_p, 0, 1)
         _within("presence_penalty", self.presence_penalty, -2, 2)
         _within("frequency_penalty", self.frequency_penalty, -2, 2)
+        if self.seed is not None:
+            _within("seed", self.seed, -(2**63), 2**63 - 1)
         for token_id, bias in self.logit_bias.items():
             _within("logit_bias", bias, -100, 100)
             _within("logit_bias", token_id, 0, 10_000_000)

@@ -4,6 +4,8 @@ import torch
 
 from loraplex_server.engine.request import Request, SamplingParams
 
+_SMALLEST = 1e-30  # temperature: less is 0 in float32, and 0 / 0 is no probability
+
 
 class Sampler:
     """Keeps one random generator per seeded request, so that its draws do not depend on its neighbours."""
@@ -25,7 +27,8 @@ class Sampler:
         logits = _adjusted(logits, request)
         if params.temperature == 0:
             return int(logits.argmax())
-        probabilities = _truncated((logits / params.temperature).softmax(-1), params)
+        logits = (logits - logits.max()) / max(params.temperature, _SMALLEST)
+        probabilities = _truncated(logits.softmax(-1), params)
         return int(torch.multinomial(probabilities, 1, generator=self._generator(request)))
 
     def _generator(self, request: Request) -> torch.Generator:
@@ -45,8 +48,8 @@ def _adjusted(logits: torch.Tensor, request: Request) -> torch.Tensor:
     if not (params.logit_bias or params.presence_penalty or params.frequency_penalty):
         return logits
     logits = logits.clone()
-    for token_id, bias in params.logit_bias.items():
-        logits[token_id] += bias
+    if params.logit_bias:
+        logits[list(params.logit_bias)] += torch.tensor(list(params.logit_bias.values()), dtype=logits.dtype)
     counts = torch.bincount(torch.tensor(request.output_ids, dtype=torch.long), minlength=logits.shape[-1])
     return logits - counts * params.frequency_penalty - (counts > 0) * params.presence_penalty
 
@@ -58,6 +61,7 @@ def _truncated(probabilities: torch.Tensor, params: SamplingParams) -> torch.Ten
     ordered, order = probabilities.sort(descending=True)
     keep = ordered.cumsum(-1) - ordered < params.top_p  # the token that crosses top_p is kept
     keep &= ordered >= params.min_p * ordered[0]
+    keep[0] = True  # whatever float32 makes of a tiny top_p
     if params.top_k:
         keep[params.top_k :] = False
     return torch.zeros_like(probabilities).scatter(-1, order, ordered * keep)
