@@ -65,7 +65,7 @@ def make_adapter(
         for name, parameter in adapted.named_parameters():
             if "lora_" in name:
                 parameter.mul_(4)
-    adapted.save_pretrained(folder)
+    adapted.save_pretrained(folder, save_embedding_layers=False)  # what is saved beside LoRA would be the base's own
     return folder
 
 

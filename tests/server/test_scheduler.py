@@ -17,8 +17,8 @@ def request(name, adapter=None, prompt=4, max_tokens=4) -> Request:
     return Request(name, [1] * prompt, SamplingParams(max_tokens=max_tokens), adapter)
 
 
-def scheduler(pages=100, page_tokens=4, max_rows=8, step_tokens=64, max_waiting=100) -> Scheduler:
-    return Scheduler(KVPages(pages, page_tokens), max_rows, step_tokens, max_waiting)
+def scheduler(pages=100, page_tokens=4, max_rows=8, step_tokens=64, max_waiting=100, mixed=False) -> Scheduler:
+    return Scheduler(KVPages(pages, page_tokens), max_rows, step_tokens, max_waiting, mixed)
 
 
 def step(s: Scheduler, place=lambda r: Place.READY, pinned=None) -> list[str]:
@@ -26,7 +26,7 @@ def step(s: Scheduler, place=lambda r: Place.READY, pinned=None) -> list[str]:
     batch = s.schedule(place, (pinned if pinned is not None else []).append)
     if batch is None:
         return []
-    assert {row.request.adapter for row in batch.rows} == {batch.adapter}
+    assert s.mixed or len(batch.adapters) == 1
     for row in batch.rows:
         row.request.computed_tokens = row.stop
         if row.samples:
@@ -59,6 +59,24 @@ def test_adapters_take_turns_and_rows_of_one_share_a_step():
     steps = [step(s) for _ in range(6)]
     assert sorted(map(sorted, steps[:3])) == [["a1", "a2"], ["b1"], ["base"]]
     assert steps[:3] == steps[3:]
+
+
+def test_where_a_step_may_be_mixed_all_take_part_grouped_by_adapter_and_prompts_take_what_is_left():
+    s = scheduler(step_tokens=10, mixed=True)
+    requests = [request(f"{adapter}{i}", adapter, prompt=3) for i in range(2) for adapter in ("B", None, "A")]
+    for one in requests:
+        s.add(one)
+    batch = s.schedule(lambda r: Place.READY, lambda r: None)
+    assert [row.request.adapter for row in batch.rows] == [None, "A", "B", "B"], (
+        "three whole prompts and a piece of a fourth"
+    )
+    assert sum(row.tokens for row in batch.rows) == 10
+    for _ in range(3):
+        step(s)
+    batch = s.schedule(lambda r: Place.READY, lambda r: None)
+    assert [(row.request.adapter, row.tokens) for row in batch.rows] == [(None, 1)] * 2 + [("A", 1)] * 2 + [
+        ("B", 1)
+    ] * 2
 
 
 def test_a_long_prompt_is_cut_into_chunks():

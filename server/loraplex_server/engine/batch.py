@@ -1,5 +1,6 @@
-"""What one step computes: some tokens of some requests, all under one adapter. No torch."""
+"""What one step computes: some tokens of some requests, the rows of one adapter side by side. No torch."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from loraplex_server.engine.request import Request
@@ -28,7 +29,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Batch:
-    """The rows of one step. ``adapter`` is their common adapter's digest, or None for the base alone."""
+    """The rows of one step, grouped by adapter: rows of one adapter follow each other."""
 
-    adapter: str | None
     rows: tuple[Row, ...]
+
+    @classmethod
+    def of(cls, rows: Iterable[Row]) -> "Batch":
+        """Group rows; the base's come first."""
+        return cls(tuple(sorted(rows, key=lambda row: row.request.adapter or "")))
+
+    @property
+    def adapters(self) -> frozenset[str | None]:
+        """Whose rows these are: digests, and None for the base."""
+        return frozenset(row.request.adapter for row in self.rows)

@@ -78,7 +78,10 @@ class Engine:
         self.config = config = config or EngineConfig()
         self.max_tokens = min(base.context_tokens, config.max_model_len or base.context_tokens)
         self.pages = _make_pages(base, config, self.max_tokens)
-        self.scheduler = Scheduler(self.pages, config.max_rows, config.step_tokens, config.max_waiting)
+        self._runner = make_runner(base.model, self.pages, config.paged)
+        self.scheduler = Scheduler(
+            self.pages, config.max_rows, config.step_tokens, config.max_waiting, self._runner.mixed
+        )
         self.device = DeviceAdapters(base.model)
         self.residency = Residency(
             self.device,
@@ -89,7 +92,6 @@ class Engine:
             observer or Unobserved(),
             wake,
         )
-        self._runner = make_runner(base.model, self.pages, config.paged)
         self._sampler = Sampler()
         self._detokenizers: dict[str, Detokenizer] = {}
         self._eos = base.eos_token_ids
@@ -205,7 +207,7 @@ class Engine:
         now = monotonic()
         for row in batch.rows:
             row.request.started_at = row.request.started_at or now
-        self.device.activate(batch.adapter)
+        self.device.route(batch)
         logits = self._runner.forward(self.device.model, batch)
         return self._sampler.sample([row.request for row in batch.rows if row.samples], logits)
 

@@ -22,6 +22,8 @@ PAGED_FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 class Runner(Protocol):
     """What the engine asks of a way to run the model."""
 
+    mixed: bool  # whether one forward may hold rows of many adapters
+
     def forward(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         """Logits of the last token of each row that samples: (sampling rows, vocabulary)."""
         ...
@@ -46,6 +48,8 @@ def can_page(model: PreTrainedModel) -> bool:
 
 class PagedRunner:
     """All rows of a step in one forward, over paged keys and values."""
+
+    mixed = True
 
     def __init__(self, model: PreTrainedModel, pages: KVPages) -> None:
         self._pages = pages
@@ -86,6 +90,8 @@ class PagedRunner:
 
 class PlainRunner:
     """One row after another, each with transformers' own cache."""
+
+    mixed = False
 
     def __init__(self) -> None:
         self._caches: dict[str, Cache] = {}

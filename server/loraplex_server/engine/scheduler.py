@@ -1,6 +1,7 @@
 """Who runs in the next step: admission, the turn of each adapter, and how long a prompt chunk is. No torch.
 
-One adapter runs per step. Turns go to the adapter that has waited longest, so a busy adapter cannot starve another.
+Where the model can run many adapters in one step, all that run take part. Where it cannot, adapters take turns, the one
+that has waited longest first, so that a busy adapter cannot starve another.
 """
 
 from collections import deque
@@ -17,14 +18,15 @@ class Scheduler:
     """Holds the waiting and the running requests.
 
     ``max_rows`` bounds the running requests, ``step_tokens`` the tokens of one step (a longer prompt is cut into
-    chunks), ``max_waiting`` the queue.
+    chunks), ``max_waiting`` the queue; ``mixed`` says that one step may hold rows of many adapters.
     """
 
-    def __init__(self, pages: KVPages, max_rows: int, step_tokens: int, max_waiting: int) -> None:
+    def __init__(self, pages: KVPages, max_rows: int, step_tokens: int, max_waiting: int, mixed: bool) -> None:
         self.pages = pages
         self.max_rows = max_rows
         self.step_tokens = step_tokens
         self.max_waiting = max_waiting
+        self.mixed = mixed
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self._turns: dict[str | None, int] = {}  # the step at which an adapter last ran
@@ -49,15 +51,12 @@ class Scheduler:
         self._admit(place, pin)
         if not self.running:
             return None
-        self._step += 1
-        adapter = min({r.adapter for r in self.running}, key=lambda a: self._turns.get(a, 0))
-        self._turns[adapter] = self._step
         budget, rows = self.step_tokens, []
-        for request in self.running:
-            if request.adapter == adapter and budget > 0:
+        for request in sorted(self._whose_turn(), key=lambda r: r.pending_tokens > 1):  # prompts take what is left
+            if budget > 0:
                 rows.append(Row.of(request, min(request.pending_tokens, budget)))
                 budget -= rows[-1].tokens
-        return Batch(adapter, tuple(rows))
+        return Batch.of(rows)
 
     def remove(self, request: Request) -> bool:
         """Forget a request that ended, wherever it is, and free its pages; says whether it was running."""
@@ -70,6 +69,14 @@ class Scheduler:
         if not any(r.adapter == request.adapter for r in self.running):
             self._turns.pop(request.adapter, None)
         return True
+
+    def _whose_turn(self) -> list[Request]:
+        if self.mixed:
+            return self.running
+        self._step += 1
+        adapter = min({r.adapter for r in self.running}, key=lambda a: self._turns.get(a, 0))
+        self._turns[adapter] = self._step
+        return [request for request in self.running if request.adapter == adapter]
 
     def _admit(self, place: Callable[[Request], Place], pin: Callable[[Request], None]) -> None:
         for request in list(self.waiting):
