@@ -114,16 +114,14 @@ def test_a_moved_alias_serves_the_new_version_and_a_running_stream_ends_on_the_o
 ):
     registry.promote("red:1", "production")
     client = serve()
-    old = text(client, adapter="red@production", max_tokens=120)
+    endless = {"temperature": 0, "max_tokens": 240, "logit_bias": {"0": -100}}
+    old = text(client, adapter="red@production", **endless)
     newer = make_adapter(tmp_path / "newer", base_folder, rank=4, seed=9)
-    with client.stream(
-        "POST",
-        "/v1/completions",
-        json={"prompt": "the quick", "adapter": "red@production", "stream": True, "temperature": 0, "max_tokens": 120},
-    ) as answer:
+    registry.push("red", newer, base=base_folder)
+    body = {"prompt": "the quick", "adapter": "red@production", "stream": True, **endless}
+    with client.stream("POST", "/v1/completions", json=body) as answer:
         lines = answer.iter_lines()
         first = next(lines)
-        registry.push("red", newer, base=base_folder)
         registry.promote("red:2", "production")
         during = complete(client, adapter="red@production")
         running_still = len(client.app.state.service.engine.scheduler.running)
