@@ -84,6 +84,16 @@ class Fit:
         for module in targeted:
             if module not in self.modules:
                 yield f"target_modules names '{module}', which has no tensors in the file"
+        if isinstance(self._targets, str) and self._targets != "all-linear":
+            for module in sorted(self._others(every)):
+                if self._matches(self._targets, module):
+                    yield f"target_modules: the pattern also names '{module}', which is no linear layer"
+
+    def _others(self, linear: Iterable[str]) -> set[str]:
+        """Paths of norms and of the modules that hold others: peft gives up when a pattern names one."""
+        tensors = (tensor.removesuffix(".weight") for tensor in self.base.shapes)
+        parts = (path.split(".") for path in {*linear, *tensors})
+        return {".".join(path[:end]) for path in parts for end in range(1, len(path) + 1)} - set(linear)
 
     def _base_modules(self) -> Iterator[str]:
         """Paths of the base's modules as the adapter spells them, with the part its checkpoint lacks in front."""

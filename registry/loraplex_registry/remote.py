@@ -76,13 +76,13 @@ class RemoteRegistry:
         return _load(Version, self._ask("GET", "/v1/resolve", params={"ref": str(ref)}))
 
     def versions(self, name: str) -> list[Version]:
-        return _load(list[Version], self._ask("GET", f"/v1/adapters/{check_name(name)}/versions")["data"])
+        return _load(list[Version], self._ask("GET", f"/v1/adapters/{check_name(name)}/versions", key="data"))
 
     def list(self) -> "list[Version]":
-        return _load(list[Version], self._ask("GET", "/v1/adapters")["data"])
+        return _load(list[Version], self._ask("GET", "/v1/adapters", key="data"))
 
     def aliases(self) -> dict[str, dict[str, int]]:
-        return _load(dict[str, dict[str, int]], self._ask("GET", "/v1/adapters")["aliases"])
+        return _load(dict[str, dict[str, int]], self._ask("GET", "/v1/adapters", key="aliases"))
 
     def promote(self, ref: str | Reference, to: str, reason: str = "") -> AliasMove:
         return _load(AliasMove, self._ask("POST", "/v1/promote", json={"ref": str(ref), "to": to, "reason": reason}))
@@ -93,12 +93,12 @@ class RemoteRegistry:
 
     def history(self, name: str, alias: str) -> "list[AliasMove]":
         ref = f"{check_name(name)}@{check_alias(alias)}"
-        return _load(_Moves, self._ask("GET", "/v1/history", params={"ref": ref})["data"])
+        return _load(_Moves, self._ask("GET", "/v1/history", params={"ref": ref}, key="data"))
 
     def verify(self, ref: str | Reference | None = None) -> "list[Fault]":
         """As Registry.verify; the server hashes, so it may take as long as it takes."""
         params = {"ref": str(ref)} if ref else {}
-        return _load(_Faults, self._ask("GET", "/v1/verify", params=params, timeout=None)["data"])
+        return _load(_Faults, self._ask("GET", "/v1/verify", params=params, timeout=None, key="data"))
 
     def manifest(self, digest: str) -> Manifest:
         with self._answer("GET", f"/v1/manifests/{check_digest(digest)}") as response:
@@ -132,13 +132,19 @@ class RemoteRegistry:
         with self._answer("PUT", f"/v1/blobs/sha256:{entry.sha256}", content=counted()):
             pass
 
-    def _ask(self, method: str, route: str, **options: Any) -> Any:
+    def _ask(self, method: str, route: str, *, key: str | None = None, **options: Any) -> Any:
+        """The JSON of a successful answer, or what it holds under `key`."""
         with self._answer(method, route, **options) as response:
             response.read()
             try:
-                return response.json()
-            except ValueError as error:
+                answer = response.json()
+            except (ValueError, RecursionError) as error:
                 raise RemoteError(f"the registry at {self.url} did not answer in JSON") from error
+        if key is None:
+            return answer
+        if not isinstance(answer, dict) or key not in answer:
+            raise RemoteError(f"the registry at {self.url} answered {method} {route} without '{key}'")
+        return answer[key]
 
     @contextmanager
     def _answer(self, method: str, route: str, **options: Any) -> Iterator[httpx.Response]:

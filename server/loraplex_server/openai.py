@@ -115,9 +115,9 @@ def parse_completion(body: bytes) -> CompletionBody:
         raise InvalidRequest(f"the body is a JSON {type(data).__name__}, expected an object", "body")
     data = {key: value for key, value in data.items() if value is not None}
     for name in data.keys() - CompletionBody.model_fields.keys():
-        near = difflib.get_close_matches(name, CompletionBody.model_fields, 1)
+        near = difflib.get_close_matches(name[:80], CompletionBody.model_fields, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise InvalidRequest(f"unrecognized field {name!r}{hint}", name)
+        raise InvalidRequest(f"unrecognized field {name[:80]!r}{hint}", name[:80])
     for name, neutral in _NOT_YET.items():
         if data.get(name) not in neutral:
             raise InvalidRequest(f"{name} is {data[name]!r}, which this server does not support; leave it out", name)

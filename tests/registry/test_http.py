@@ -12,7 +12,7 @@ import httpx
 import pytest
 from serving import serving
 from starlette.applications import Starlette
-from starlette.responses import PlainTextResponse
+from starlette.responses import JSONResponse, PlainTextResponse
 from starlette.routing import Route
 
 from loraplex_registry.base import describe_base
@@ -240,6 +240,15 @@ def test_another_kind_of_server(tmp_path):
             remote.resolve("a")
         with pytest.raises(RemoteError, match="404"):
             remote.list()
+
+
+@pytest.mark.parametrize("answer", [{}, [], None, "x"])
+def test_an_answer_of_another_shape_is_a_remote_error(answer):
+    app = Starlette(routes=[Route("/v1/adapters", lambda request: JSONResponse(answer))])
+    with serving(app) as url, RemoteRegistry(url) as remote:
+        for ask, key in ((remote.list, "data"), (remote.aliases, "aliases")):
+            with pytest.raises(RemoteError, match=f"without '{key}'"):
+                ask()
 
 
 def test_open_registry_takes_both(tmp_path):

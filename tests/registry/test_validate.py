@@ -260,6 +260,12 @@ def test_patterns_and_all_linear(refused, check):
     check(Adapter(config={"target_modules": r".*\.mlp\.(up|down)_proj"}))
     check(Adapter(config={"target_modules": "all-linear"}, targets=("up_proj", "down_proj", "q_proj")))
     assert "q_proj" in refused(Adapter(config={"target_modules": "all-linear"}))[0]
+    for pattern, named in (
+        (r".*(up_proj|down_proj|norm)", "model.norm"),
+        (r".*(up_proj|down_proj|mlp)", "layers.0.mlp"),
+    ):
+        reasons = refused(Adapter(config={"target_modules": pattern}))
+        assert any(named in reason and "no linear layer" in reason for reason in reasons), pattern
 
 
 def test_conv1d_stores_inputs_first(tmp_path, refused):

@@ -253,6 +253,7 @@ BAD = {
     "malformed reference": ({"prompt": "x", "adapter": "red@@x"}, "adapter", "red@@x"),
     "model against adapter": ({"prompt": "x", "adapter": "red", "model": "green"}, "model", "green"),
     "stream_options without stream": ({"prompt": "x", "stream_options": {}}, "stream_options", "stream is false"),
+    "stop token out of vocabulary": ({"prompt": "x", "stop_token_ids": [777777]}, "stop_token_ids", "777777"),
     "logit_bias": ({"prompt": "x", "logit_bias": {"a": 1}}, "logit_bias", "token id"),
 }
 

@@ -120,10 +120,11 @@ class Engine:
         wanted, prompt = request.most_tokens, len(request.prompt_ids)
         if not prompt:
             raise InvalidRequest("prompt is empty, expected at least one token", "prompt")
-        if bad := next((i for i in request.prompt_ids if not 0 <= i < vocabulary), None):
-            raise InvalidRequest(f"prompt holds token id {bad}, expected ids from 0 to {vocabulary - 1}", "prompt")
-        if bad := next((i for i in request.params.logit_bias if i >= vocabulary), None):
-            raise InvalidRequest(f"logit_bias holds token id {bad}, expected ids up to {vocabulary - 1}", "logit_bias")
+        params = request.params
+        named = {"prompt": request.prompt_ids, "logit_bias": params.logit_bias, "stop_token_ids": params.stop_token_ids}
+        for name, ids in named.items():
+            if bad := next((i for i in ids if not 0 <= i < vocabulary), None):
+                raise InvalidRequest(f"{name} holds token id {bad}, expected ids from 0 to {vocabulary - 1}", name)
         if prompt >= self.max_tokens:
             raise InvalidRequest(f"prompt has {prompt} tokens, expected fewer than {self.max_tokens}", "prompt")
         if wanted > self.max_tokens or not self.pages.fits_ever(request):
