@@ -34,6 +34,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     from loraplex_registry.registry import Registry
     from loraplex_server.app import create_app
     from loraplex_server.config import ServerConfig
+    from loraplex_server.engine.config import EngineConfig
 
     folder: Path = tmp_path_factory.mktemp("served")
     base = make_base(folder / "base")
@@ -43,7 +44,10 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
             for seed, name in enumerate(("red", "green"), start=1)
         ]
         registry.promote("red:1", to="production")
-    config = ServerConfig(base=str(base), registry=str(folder / "registry"), device="cpu", api_keys=(KEY,))
+    engine = EngineConfig(lean=True)  # else a close choice in 4 bits depends on how many requests share a step
+    config = ServerConfig(
+        base=str(base), registry=str(folder / "registry"), device="cpu", api_keys=(KEY,), engine=engine
+    )
     with serving(create_app(config), log_config=None) as url:
         yield Served(url, {version.name: version.digest for version in versions})
 

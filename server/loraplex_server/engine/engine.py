@@ -22,6 +22,7 @@ from loraplex_server.engine.detokenize import Detokenizer
 from loraplex_server.engine.errors import AdapterRefused, InvalidRequest
 from loraplex_server.engine.kv_cache import KVPages
 from loraplex_server.engine.model import Base
+from loraplex_server.engine.quantized import choose_by_rows
 from loraplex_server.engine.request import FinishReason, Request, SamplingParams
 from loraplex_server.engine.runner import make_runner
 from loraplex_server.engine.sampler import Sampler
@@ -78,6 +79,8 @@ class Engine:
         self.config = config = config or EngineConfig()
         self.max_tokens = min(base.context_tokens, config.max_model_len or base.context_tokens)
         self.pages = _make_pages(base, config, self.max_tokens)
+        if not config.lean:
+            choose_by_rows(base.model)
         self._runner = make_runner(base.model, self.pages, config.paged)
         self.scheduler = Scheduler(
             self.pages, config.max_rows, config.step_tokens, config.max_waiting, self._runner.mixed
