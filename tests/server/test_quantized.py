@@ -3,7 +3,7 @@
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, has_avx512bf16
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn.modules import Linear4bit
 
 from loraplex_server.engine.config import EngineConfig
 from loraplex_server.engine.engine import Engine

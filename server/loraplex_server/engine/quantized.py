@@ -9,7 +9,7 @@ from typing import cast
 
 import torch
 from bitsandbytes.functional import dequantize_4bit, has_avx512bf16
-from bitsandbytes.nn import Linear4bit, Params4bit
+from bitsandbytes.nn.modules import Linear4bit, Params4bit
 
 # The fused kernel takes as long for every row as for the first; dequantizing costs the same however many rows follow.
 # They meet at about six rows on a CPU with AMX (bench/results).
@@ -31,8 +31,8 @@ def choose_by_rows(model: torch.nn.Module) -> None:
 
 
 def _by_rows(
-    layer: Linear4bit, weight: Params4bit, fused: Callable[[torch.Tensor], torch.Tensor]
-) -> Callable[[torch.Tensor], torch.Tensor]:
+    layer: Linear4bit, weight: Params4bit, fused: Callable[..., torch.Tensor]
+) -> Callable[..., torch.Tensor]:
     """``fused`` packs the layer's weight for itself at its first call, so the plain one is taken along here."""
     plain, state = weight.data, copy.deepcopy(weight.quant_state)
 
