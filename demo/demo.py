@@ -11,6 +11,7 @@ import os
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -25,11 +26,13 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from loraplex import AsyncClient, Client, Completion
+from loraplex.errors import LoraplexError
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 HOME = ROOT / ".loraplex" / "demo"
 TAGGER, SECOND = "quotes-tagger", "quotes-headline"
+LONG_ANSWER = 200  # tokens of the stream that is still running when production moves
 SAMPLES = 4  # held-out quotes asked of everyone
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 steps = itertools.count(1)
@@ -45,10 +48,14 @@ def main() -> None:
     chosen = options.parse_args()
     os.chdir(ROOT)
     os.environ["LORAPLEX_HOME"] = str(HOME)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is stopped
+    console.print(f"To type the commands below yourself: export LORAPLEX_HOME={HOME} PATH={BIN}:$PATH", soft_wrap=True)
     try:
         story(chosen.base, chosen.port, chosen.once)
     except subprocess.CalledProcessError as error:
         sys.exit(f"error: the step above ended with exit code {error.returncode}")
+    except LoraplexError as error:
+        sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         console.print("\nstopped")
         sys.exit(130)
@@ -57,6 +64,7 @@ def main() -> None:
 def story(base: str, port: int, once: bool) -> None:
     """The six steps of the demo, from top to bottom."""
     started = time.monotonic()
+    check_port(port)
     shutil.rmtree(HOME, ignore_errors=True)  # the demo's own registry, and nothing else
     # The demo base is tiny and takes a high learning rate; a real one is trained as QLoRA's authors did.
     on_base = [] if base == "demo/base" else [f"base.model={base}", "training.learning_rate=2.0e-4"]
@@ -88,6 +96,16 @@ def story(base: str, port: int, once: bool) -> None:
         if not once:
             console.print("Serving until Ctrl-C …")
             signal.pause()
+
+
+def check_port(port: int) -> None:
+    """End at once, and not after the trainings, when somebody listens there already."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            sys.exit(f"error: port {port} cannot be used ({error.strerror}); choose another with --port")
 
 
 def title(text: str) -> None:
@@ -126,7 +144,7 @@ def serving(base: str, port: int) -> Iterator[str]:
                 time.sleep(0.2)
         yield url
     finally:
-        server.send_signal(signal.SIGINT)
+        server.terminate()  # not SIGINT: Ctrl-C has sent it one already, and a second one would cut it off
         server.wait()
 
 
@@ -172,7 +190,7 @@ def replace_under_load(url: str) -> None:
     """Move the alias while a long answer streams: it ends on version 1, the next one is version 2's."""
     prompt, alias = prompts()[0], f"{TAGGER}@production"
     with Client(url) as client:
-        endless = {"logit_bias": {str(eos): -100 for eos in end_tokens()}, "temperature": 0, "max_tokens": 320}
+        endless = {"logit_bias": {str(eos): -100 for eos in end_tokens()}, "temperature": 0, "max_tokens": LONG_ANSWER}
         chunks = client.stream(prompt, adapter=alias, **endless)
         first = next(chunks)
         console.print(f"a stream began on [bold]{first.adapter}[/]")

@@ -41,7 +41,9 @@ class Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except RegistryError as error:
+        except BrokenPipeError:
+            raise
+        except (RegistryError, OSError) as error:
             raise OneLine(str(error)) from error
 
 

@@ -21,9 +21,9 @@ _SERVER = ServerConfig(base="")
 def _option(name: str, default: Any = None, **more: Any) -> Any:
     """An option that can also be set as LORAPLEX_<NAME>; its default is shown."""
     variable = "LORAPLEX_" + name.lstrip("-").replace("-", "_").upper()
-    return click.option(
-        name, default=default, envvar=variable, show_envvar=True, show_default=default is not None, **more
-    )
+    if default is not None:  # to click, a default of None is one too, and an option that is required has none
+        more |= {"default": default, "show_default": True}
+    return click.option(name, envvar=variable, show_envvar=True, **more)
 
 
 @click.command()

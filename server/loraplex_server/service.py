@@ -215,7 +215,7 @@ class Service:
 
     def _adapter_card(self, version: Version, aliases: dict[str, int]) -> dict[str, Any]:
         what = {"digest": version.digest, "version": version.number, "aliases": aliases, "rank": version.rank}
-        return self._card(version.name, self.base.id, **what)
+        return self._card(version.name, version.base.id, **what)
 
     def _card(self, name: str, parent: str | None, **more: Any) -> dict[str, Any]:
         return {

@@ -94,3 +94,11 @@ def test_it_serves_and_stops_cleanly(environment, base_folder, how):
     assert process.returncode in (0, -how)
     assert "Traceback" not in err, err
     assert "FutureWarning" not in err, err
+
+
+def test_no_base_is_a_usage_error(environment):
+    """To click a default of None is a default: the option was required, and its absence loaded a base called None."""
+    done = subprocess.run(command(), env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "--base" in done.stderr
+    assert "Traceback" not in done.stderr

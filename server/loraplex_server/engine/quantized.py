@@ -30,9 +30,7 @@ def choose_by_rows(model: torch.nn.Module) -> None:
                 layer.forward = _by_rows(layer, weight, layer.forward)
 
 
-def _by_rows(
-    layer: Linear4bit, weight: Params4bit, fused: Callable[..., torch.Tensor]
-) -> Callable[..., torch.Tensor]:
+def _by_rows(layer: Linear4bit, weight: Params4bit, fused: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """``fused`` packs the layer's weight for itself at its first call, so the plain one is taken along here."""
     plain, state = weight.data, copy.deepcopy(weight.quant_state)
 
