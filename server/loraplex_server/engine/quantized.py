@@ -12,7 +12,7 @@ from bitsandbytes.functional import dequantize_4bit, has_avx512bf16
 from bitsandbytes.nn.modules import Linear4bit, Params4bit
 
 # The fused kernel takes as long for every row as for the first; dequantizing costs the same however many rows follow.
-# They meet at about six rows on a CPU with AMX (bench/results).
+# They were seen to meet at about six rows on a Xeon with AMX.
 FUSED_ROWS = 6
 
 
