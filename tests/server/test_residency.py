@@ -1,8 +1,10 @@
 """Where adapters are, with a device that only keeps a list: loads, evictions, pins and failures."""
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from math import inf
 
 import pytest
 
@@ -16,14 +18,26 @@ class Adapter:
 
 
 class ListDevice:
-    def __init__(self) -> None:
-        self.held = []
+    """Each adapter takes ``pieces`` calls of advance."""
 
-    def install(self, adapter) -> None:
-        if adapter.key == "bad":
-            raise AdapterRefused("it does not fit")
+    def __init__(self, slots, pieces) -> None:
+        self.held, self.coming, self.slots, self.pieces, self.left = [], None, slots, pieces, 0
+
+    def begin(self, adapter) -> None:
+        assert self.coming is None
         assert adapter.key not in self.held
-        self.held.append(adapter.key)
+        assert len(self.held) < self.slots
+        self.coming, self.left = adapter.key, self.pieces
+
+    def advance(self, seconds) -> bool:
+        self.left -= 1
+        if self.left and seconds < inf:
+            return False
+        key, self.coming = self.coming, None
+        if key == "bad":
+            raise AdapterRefused("it does not fit")
+        self.held.append(key)
+        return True
 
     def remove(self, key) -> None:
         self.held.remove(key)
@@ -32,8 +46,9 @@ class ListDevice:
 class Bench:
     """A residency whose loads wait until they are let go."""
 
-    def __init__(self, slots=2, host=3) -> None:
-        self.device, self.loads, self.gate, self.woken = ListDevice(), [], threading.Event(), threading.Event()
+    def __init__(self, slots=2, host=3, pieces=1) -> None:
+        self.device, self.loads = ListDevice(slots, pieces), []
+        self.gate, self.woken = threading.Event(), threading.Event()
         self.gate.set()
         self.pool = ThreadPoolExecutor(4)
         self.residency = Residency(self.device, self.load, self.pool, slots, host, Unobserved(), self.woken.set)
@@ -50,6 +65,7 @@ class Bench:
         while True:
             self.woken.clear()
             place = self.residency.want(key)
+            self.residency.install(inf)
             if place is not Place.LOADING:
                 return place
             assert self.woken.wait(10)
@@ -128,4 +144,58 @@ def test_warming_loads_ahead_of_the_first_request(bench):
     b = bench()
     b.residency.warm("a")
     assert b.woken.wait(10)
+    assert b.residency.want("a") is Place.LOADING
+    assert b.loads == ["a"]
+    b.residency.install(inf)
     assert b.residency.want("a") is Place.READY
+    assert b.loads == ["a"]
+
+
+def wait_for_host(b, *keys) -> None:
+    for key in keys:
+        b.residency.warm(key)
+    deadline = time.monotonic() + 10
+    while b.residency.loading or not set(keys) <= set(b.residency.in_host):
+        assert time.monotonic() < deadline
+        b.residency.collect()
+        time.sleep(0.001)
+
+
+def test_one_is_put_on_the_device_at_a_time_in_the_order_wanted_and_others_stay_in_use(bench):
+    b = bench(slots=3, host=4, pieces=3)
+    b.bring("a")
+    wait_for_host(b, "b", "c")
+    seen = []
+    while not {"b", "c"} <= set(b.device.held):
+        assert b.residency.want("a") is Place.READY, "others go on meanwhile"
+        for key in ("b", "c"):
+            b.residency.want(key)
+        seen.append(b.device.coming)
+        b.woken.clear()
+        b.residency.install(0.001)
+        assert b.woken.is_set() == (b.device.coming is None), "who waits is woken when it is there, not before"
+    assert seen == ["b", "b", "b", "c", "c", "c"]
+
+
+def test_what_is_being_installed_is_evicted_from_neither_tier(bench):
+    b = bench(slots=1, host=2, pieces=3)
+    wait_for_host(b, "a")
+    assert b.residency.want("a") is Place.LOADING
+    b.residency.install(0)
+    for key in ("b", "c"):
+        wait_for_host(b, key)
+        assert b.residency.want(key) is Place.LOADING
+    b.residency.install(inf)
+    assert b.device.held == ["a"]
+    assert set(b.residency.in_host) == {"a", "c"}
+
+
+def test_a_refusal_halfway_fails_who_asked_and_frees_the_way(bench):
+    b = bench(slots=1, host=3, pieces=3)
+    wait_for_host(b, "bad", "a")
+    assert b.residency.want("bad") is Place.LOADING
+    assert b.residency.want("a") is Place.LOADING
+    b.residency.install(inf)
+    with pytest.raises(AdapterRefused, match="does not fit"):
+        b.residency.want("bad")
+    assert b.bring("a") is Place.READY

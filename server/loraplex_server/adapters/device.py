@@ -1,12 +1,21 @@
-"""The adapters inside the served PeftModel: put in through peft, made active by set_adapter, taken out by deletion.
+"""The adapters inside the served PeftModel: put in layer by layer through peft, made active, taken out.
 
-Owns the model's adapters; called by the engine's thread alone, between two forwards.
+Owns the model's adapters; called by the engine's thread alone, between two forwards. Knows no tiers and no requests.
 """
 
+from collections.abc import Iterable, Iterator
+from copy import copy
+from dataclasses import dataclass, field
 from itertools import count, groupby
+from time import perf_counter
 
-from peft import LoraModel, PeftModelForCausalLM, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
+import torch
+from peft import LoraConfig, LoraModel, PeftModelForCausalLM
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
+from peft.utils.constants import DUMMY_TARGET_MODULES
+from peft.utils.integrations import init_empty_weights
+from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
 from loraplex_server.adapters.host import HostAdapter
@@ -14,112 +23,212 @@ from loraplex_server.engine.batch import Batch
 from loraplex_server.engine.errors import AdapterRefused
 from loraplex_server.engine.lora import Routing, Segment
 
+ALL_LINEAR = "all-linear"
+
+
+@dataclass
+class _Held:
+    """An adapter in the model, or on its way into it: peft's name for it, its slot, and the layers that hold it."""
+
+    key: str
+    name: str
+    slot: int
+    layers: dict[str, LoraLayer] = field(default_factory=dict)  # by path
+
 
 class DeviceAdapters:
-    """Adapters of one model by key. ``model`` is what a forward calls: the base, whose layers peft replaces in place.
+    """At most ``slots`` adapters of one model, by key. ``model`` is what a forward calls: the base, whose layers peft
+    replaces in place.
 
     Not peft's own wrapper: its forward reads the configuration of the adapter it holds for the active one, which may
-    be gone while the base answers.
+    be gone while the base answers. ``dtype`` is what LoRA weights are kept in; peft raises 16 bits to 32 as well.
     """
 
-    def __init__(self, base: PreTrainedModel) -> None:
+    def __init__(self, base: PreTrainedModel, slots: int, dtype: torch.dtype = torch.float32) -> None:
         self.model = base
-        self._peft: PeftModelForCausalLM | None = None  # until the first adapter comes
-        self._names: dict[str, str] = {}  # key -> peft's name for it
+        self._dtype = dtype
+        self._paths = tuple(path for path, _ in base.named_modules() if path)  # before any layer is wrapped
+        self._linear = _linear_layers(base)
+        self._peft = _wrapper(base)
+        self._layers: dict[str, LoraLayer] = {}  # all that peft has wrapped so far, by path
+        self._states: list[dict[str, object]] = []  # the attributes of each of them
+        self._held: dict[str, _Held] = {}  # those that can be used, by key
+        self._coming: tuple[_Held, Iterator[None]] | None = None  # being installed, and the rest of the work
+        self._slots = list(range(slots))[::-1]  # the free ones
         self._numbers = count()
-        self._active: str | None = None  # peft's name; None: no adapter
+        self._active: list[str] = []  # peft's names, as every layer has them: one at most
         self._routing = Routing()
 
-    def install(self, adapter: HostAdapter) -> None:
-        """Put an adapter on the device.
+    def begin(self, adapter: HostAdapter) -> None:
+        """Start to put an adapter on the device; ``advance`` does the work. One at a time, and a slot must be free."""
+        assert self._coming is None and self._slots and adapter.key not in self._held
+        held = _Held(adapter.key, f"adapter_{next(self._numbers)}", self._slots.pop())
+        self._coming = held, self._install(held, adapter)
+
+    def advance(self, seconds: float) -> bool:
+        """Work on what was begun for about so long, at least one module; says whether it can be used now.
+
+        A forward in between sees nothing of it.
 
         Raises:
             AdapterRefused: peft did not take every tensor to its place; nothing of the adapter stays.
         """
-        name = f"adapter_{next(self._numbers)}"
-        self._names[adapter.key] = name
+        assert self._coming
+        held, work = self._coming
+        until = perf_counter() + seconds
         try:
-            self._inject(name, adapter)
-            self._check_whole(name, adapter)
+            for _ in work:
+                if perf_counter() >= until:
+                    return False
         except Exception as error:  # whatever it was, nothing of the adapter may stay in the base
-            self.remove(adapter.key)
+            self._coming = None
+            self._take_out(held)
             raise AdapterRefused(f"peft cannot use it on this base: {error}") from error
+        self._coming = None
+        self._held[held.key] = held
+        return True
 
     def remove(self, key: str) -> None:
         """Take an adapter off the device; its memory is free when this returns."""
-        name = self._names.pop(key)
-        self._deactivate()  # peft would make another adapter active in place of a deleted one
-        if self._peft and name in self._peft.peft_config:
-            self._peft.delete_adapter(name)
-        else:
-            self._take_out(name)
-        self._deactivate()
+        self._take_out(self._held.pop(key))
 
     def route(self, batch: Batch) -> None:
-        """Make the next forward give each row its adapter: by set_adapter for a step of one, else row by row."""
+        """Make the next forward give each row its adapter: by activation for a step of one, else row by row."""
         if len(batch.adapters) == 1:
             self._routing.mixed = False
             self.activate(*batch.adapters)
             return
         self._routing.mix(self._segments(batch, sampled=False), self._segments(batch, sampled=True))
 
+    def activate(self, key: str | None) -> None:
+        """Make one adapter, or none, the active one: the swap. It leaves what peft's set_adapter leaves.
+
+        That one also walks every adapter of every layer to say that none is trained, which none ever is here.
+        """
+        active = [] if key is None else [self._held[key].name]
+        if active == self._active:
+            return
+        self._active = active
+        for state in self._states:
+            state["_active_adapter"] = active
+        tuner = _tuner(self._peft)
+        tuner.active_adapter = self._peft.active_adapter = active[0] if active else []
+
+    def layers_of(self, key: str) -> Iterable[tuple[str, LoraLayer]]:
+        """Path and layer of every module that an adapter changes."""
+        return self._held[key].layers.items()
+
     def _segments(self, batch: Batch, sampled: bool) -> list[Segment]:
         """Who owns which tokens of the step, or which of those that are sampled from; None for the base's."""
         segments, first = [], 0
-        for adapter, rows in groupby(batch.rows, key=lambda row: row.request.adapter):
+        for key, rows in groupby(batch.rows, key=lambda row: row.request.adapter):
             tokens = sum(row.samples if sampled else row.tokens for row in rows)
-            segments.append((self._names.get(adapter or ""), first, first + tokens))
+            segments.append((None if key is None else self._held[key].name, first, first + tokens))
             first += tokens
         return segments
 
-    def activate(self, key: str | None) -> None:
-        """Make one adapter, or none, the active one: the swap."""
-        name = None if key is None else self._names[key]
-        if name == self._active or self._peft is None:
-            return
-        if name is None:
-            self._deactivate()
-        else:
-            self._peft.set_adapter(name, inference_mode=True)
-            self._active = name
+    def _install(self, held: _Held, adapter: HostAdapter) -> Iterator[None]:
+        """What peft's add_adapter and set_peft_model_state_dict do, in pieces: each module that was looked at is one.
 
-    def _deactivate(self) -> None:
-        if self._peft:
-            _tuner(self._peft).set_adapter([], inference_mode=True)
-        self._active = None
+        Both walk all modules and all adapters several times, a stall of 0.2 seconds on 22 layers.
+        """
+        config, tuner = adapter.config, _tuner(self._peft)
+        tuner.peft_config[held.name] = config
+        tuner._check_new_adapter_config(config)
+        if isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR:
+            config.target_modules = list(self._linear)
+        tensors = dict(adapter.tensors)  # those that have not found their place yet
+        empty = copy(config)
+        empty.init_lora_weights = False  # the weights come from the file
+        for path in self._paths:
+            if tuner._check_target_module_exists(config, path):
+                self._adapt(path, empty, held)
+                self._fill(path, held, tensors)
+            yield
+        if tensors:
+            raise AdapterRefused(f"{len(tensors)} tensors have no counterpart, the first is {min(tensors)!r}")
+        tuner.targeted_module_names = list(dict.fromkeys([*tuner.targeted_module_names, *held.layers]))
 
-    def _take_out(self, name: str) -> None:
-        """Undo half an injection: peft replaces layer after layer, and leaves those when it gives up on the next."""
-        for path, layer in list(self.model.named_modules()):
-            if isinstance(layer, BaseTunerLayer):
-                layer.delete_adapter(name)
-                if self._peft is None:
-                    self.model.set_submodule(path, layer.get_base_layer())
+    def _adapt(self, path: str, config: LoraConfig, held: _Held) -> None:
+        """Let peft make a module's LoRA for one adapter, without memory yet; the module is wrapped if it was not."""
+        parent_path, _, leaf = path.rpartition(".")
+        parent, tuner = self.model.get_submodule(parent_path), _tuner(self._peft)
+        target = getattr(parent, leaf)
+        if known := self._layers.get(path):
+            held.layers[path] = known  # first, so that what peft leaves behind when it gives up is taken out
+            # peft would walk the layer's other adapters to say that none is trained.
+            vars(known)["set_adapter"] = _nothing
+        try:
+            tuner._check_target_module_compatiblity(config, self.model, leaf)
+            with init_empty_weights():
+                tuner._create_and_replace(config, held.name, target, leaf, parent, current_key=path)
+        finally:
+            if known:
+                del vars(known)["set_adapter"]
+        if known is None:
+            layer = held.layers[path] = self._layers[path] = getattr(parent, leaf)
+            layer.eval()
+            self._states.append(vars(layer))
+            self._states[-1]["_active_adapter"] = self._active  # not the newcomer, as peft has it
+            self._routing.attach(layer)
 
-    def _inject(self, name: str, adapter: HostAdapter) -> None:
-        if self._peft:
-            self._peft.add_adapter(name, adapter.config, low_cpu_mem_usage=True)
-        else:
-            self._peft = PeftModelForCausalLM(self.model, adapter.config, name, low_cpu_mem_usage=True)
-        tensors = {key: tensor.to(self.model.device) for key, tensor in adapter.tensors.items()}
-        set_peft_model_state_dict(self._peft, tensors, adapter_name=name, low_cpu_mem_usage=True)
-        _tuner(self._peft)._cast_adapter_dtype(adapter_name=name, autocast_adapter_dtype=True)  # as peft's loader does
-        self._peft.eval()
-        self._routing.attach(self.model)
-        self._deactivate()
+    def _fill(self, path: str, held: _Held, tensors: dict[str, torch.Tensor]) -> None:
+        """Give a layer the adapter's tensors, which leave ``tensors``."""
+        layer = held.layers[path]
+        for attribute in layer.adapter_layer_names:
+            container, key = getattr(layer, attribute), f"base_model.model.{path}.{attribute}"
+            if held.name not in container:
+                continue
+            made = container[held.name]
+            if isinstance(made, nn.Parameter):
+                container[held.name] = self._take(key, made, tensors)
+                continue
+            for leaf, parameter in list(made.named_parameters()):
+                setattr(made, leaf, self._take(f"{key}.{leaf}", parameter, tensors))
+            made.eval()
+        layer.lora_dropout[held.name].eval()
+        self._routing.filled(layer, held.slot, held.name)
 
-    def _check_whole(self, name: str, adapter: HostAdapter) -> None:
-        """Every tensor of the file is in the model, and the model has no LoRA tensor that the file lacks."""
-        held = get_peft_model_state_dict(self._peft, adapter_name=name, save_embedding_layers=False)
-        if held.keys() != adapter.tensors.keys():
-            odd = sorted(held.keys() ^ adapter.tensors.keys())
-            raise AdapterRefused(f"{len(odd)} tensors have no counterpart, the first is {odd[0]!r}")
-        for key, tensor in adapter.tensors.items():
-            if held[key].is_meta or held[key].shape != tensor.shape:
-                raise AdapterRefused(f"tensor {key!r} was not taken: expected shape {tuple(tensor.shape)}")
+    def _take(self, key: str, made: nn.Parameter, tensors: dict[str, torch.Tensor]) -> nn.Parameter:
+        tensor = tensors.pop(key, None)
+        if tensor is None:
+            raise AdapterRefused(f"the file has no tensor {key!r}, which peft has a place for")
+        if tensor.shape != made.shape:
+            raise AdapterRefused(f"tensor {key!r} has shape {tuple(tensor.shape)}, expected {tuple(made.shape)}")
+        return nn.Parameter(tensor.to(self.model.device, self._dtype, non_blocking=True), requires_grad=False)
+
+    def _take_out(self, held: _Held) -> None:
+        """What peft's delete_adapter does, over the layers that hold the adapter. Layers stay wrapped, as in peft."""
+        if held.name in self._active:
+            self.activate(None)  # peft would make another adapter active in place of a deleted one
+        for layer in held.layers.values():
+            layer.delete_adapter(held.name)
+            self._routing.cleared(layer, held.slot)
+        _tuner(self._peft).peft_config.pop(held.name, None)
+        self._slots.append(held.slot)
+
+
+def _wrapper(base: PreTrainedModel) -> PeftModelForCausalLM:
+    """peft's wrapper around a base, with no adapter in it and no layer replaced."""
+    nobody = "nobody"
+    wrapped = PeftModelForCausalLM(base, LoraConfig(target_modules=DUMMY_TARGET_MODULES, inference_mode=True), nobody)
+    wrapped.delete_adapter(nobody)
+    wrapped.active_adapter = _tuner(wrapped).active_adapter = []
+    return wrapped
+
+
+def _linear_layers(base: PreTrainedModel) -> frozenset[str]:
+    """The modules that peft means by "all-linear"."""
+    config = LoraConfig(target_modules=ALL_LINEAR)
+    _maybe_include_all_linear_layers(config, base)  # in place
+    return frozenset(config.target_modules or ())
 
 
 def _tuner(model: PeftModelForCausalLM) -> LoraModel:
     tuner = model.base_model
     assert isinstance(tuner, LoraModel)  # only LoRA adapters get here
     return tuner
+
+
+def _nothing(*_: object, **__: object) -> None:
+    """Takes the place of a method that has nothing to do."""

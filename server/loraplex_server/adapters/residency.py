@@ -25,14 +25,15 @@ class Place(Enum):
     """What a request that wants an adapter finds."""
 
     READY = auto()  # on the device
-    LOADING = auto()  # on its way to host memory
+    LOADING = auto()  # on its way to host memory, or from there to the device
     NO_SLOT = auto()  # in host memory, but every device slot is pinned by running requests
 
 
 class Device(Protocol):
-    """The hands that put adapters on the device."""
+    """The hands that put adapters on the device, one after another."""
 
-    def install(self, adapter: HostAdapter) -> None: ...
+    def begin(self, adapter: HostAdapter) -> None: ...
+    def advance(self, seconds: float) -> bool: ...
     def remove(self, key: str) -> None: ...
 
 
@@ -74,6 +75,7 @@ class Residency:
         self._failed: dict[str, tuple[float, Exception]] = {}
         self._host: OrderedDict[str, HostAdapter] = OrderedDict()  # least recently used first
         self._on_device: OrderedDict[str, None] = OrderedDict()  # a subset of _host
+        self._installing: tuple[str, float] | None = None  # from host memory to the device, and when it began
         self._pins: Counter[str] = Counter()
 
     @property
@@ -113,13 +115,24 @@ class Residency:
         self._loading[key] = self._executor.submit(self._timed_load, key)
         self._loading[key].add_done_callback(lambda _: self._wake())
 
+    def collect(self) -> None:
+        """Take finished loads over into host memory, or remember how they failed."""
+        for key in [key for key, load in self._loading.items() if load.done()]:
+            load = self._loading.pop(key)
+            if error := load.exception():
+                self._remember_failure(key, error if isinstance(error, Exception) else RuntimeError(repr(error)))
+            else:
+                self.put(load.result())
+
     def want(self, key: str) -> Place:
-        """Where an adapter is, after doing what can be done at once to bring it to the device.
+        """Where an adapter is, after beginning what brings it nearer to the device.
+
+        One is put on the device at a time: the first that was wanted while nothing else was under way.
 
         Raises:
             Exception: what its load raised, for RETRY_SECONDS after it failed.
         """
-        self._collect()
+        self.collect()
         if key in self._on_device:
             self._on_device.move_to_end(key)
             self._host.move_to_end(key)
@@ -129,10 +142,30 @@ class Residency:
         if key not in self._host:
             self.warm(key)
             return Place.LOADING
+        if self._installing:
+            return Place.LOADING
         if not self._make_room():
             return Place.NO_SLOT
-        self._install(key)
-        return Place.READY
+        self._device.begin(self._host[key])
+        self._installing = key, time.perf_counter()
+        return Place.LOADING
+
+    def install(self, seconds: float) -> None:
+        """Go on for about so long with what ``want`` began to put on the device. Who waits for it is told by wake."""
+        if not self._installing:
+            return
+        key, started = self._installing
+        try:
+            if not self._device.advance(seconds):
+                return
+        except AdapterRefused as error:
+            del self._host[key]
+            self._remember_failure(key, error)
+        else:
+            self._on_device[key] = None
+            self._observer.adapter_load("host_to_device", time.perf_counter() - started)
+        self._installing = None
+        self._wake()
 
     def pin(self, key: str) -> None:
         """Keep an adapter on the device for one more running request."""
@@ -152,26 +185,6 @@ class Residency:
         self._observer.adapter_load("disk_to_host", time.perf_counter() - started)
         return adapter
 
-    def _collect(self) -> None:
-        """Take finished loads over into host memory, or remember how they failed."""
-        for key in [key for key, load in self._loading.items() if load.done()]:
-            load = self._loading.pop(key)
-            if error := load.exception():
-                self._remember_failure(key, error if isinstance(error, Exception) else RuntimeError(repr(error)))
-            else:
-                self.put(load.result())
-
-    def _install(self, key: str) -> None:
-        started = time.perf_counter()
-        try:
-            self._device.install(self._host[key])
-        except AdapterRefused as error:
-            del self._host[key]
-            self._remember_failure(key, error)
-            raise
-        self._on_device[key] = None
-        self._observer.adapter_load("host_to_device", time.perf_counter() - started)
-
     def _remember_failure(self, key: str, error: Exception) -> None:
         self._failed[key] = (time.monotonic(), error)
         self._observer.adapter_load_failed(type(error).__name__)
@@ -188,7 +201,8 @@ class Residency:
 
     def _trim_host(self) -> None:
         while len(self._host) > self.host_slots:
-            victim = next((key for key in self._host if key not in self._on_device), None)
+            coming = self._installing and self._installing[0]
+            victim = next((key for key in self._host if key not in self._on_device and key != coming), None)
             if victim is None:
                 return
             del self._host[victim]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count
+from math import inf
 from pathlib import Path
 from time import monotonic
 
@@ -85,7 +86,7 @@ class Engine:
         self.scheduler = Scheduler(
             self.pages, config.max_rows, config.step_tokens, config.max_waiting, self._runner.mixed
         )
-        self.device = DeviceAdapters(base.model)
+        self.device = DeviceAdapters(base.model, config.max_loras)
         self.residency = Residency(
             self.device,
             load,
@@ -99,6 +100,7 @@ class Engine:
         self._detokenizers: dict[str, Detokenizer] = {}
         self._eos = base.eos_token_ids
         self._ids = count()
+        self._forward_seconds = 0.0  # of the last step
 
     @property
     def has_work(self) -> bool:
@@ -159,12 +161,15 @@ class Engine:
         """Compute some tokens of some requests; a request whose adapter or forward failed ends with its error."""
         failed: list[Delta] = []
         batch = self.scheduler.schedule(lambda request: self._place(request, failed), self._pin)
+        self.residency.install(self._forward_seconds * self.config.install_share if batch else inf)
         if batch is None:
             return failed
+        started = monotonic()
         try:
             token_ids = self._forward_and_sample(batch)
         except Exception as error:  # this step's requests fail; the engine goes on
             return failed + [self._fail(row.request, error) for row in batch.rows]
+        self._forward_seconds = monotonic() - started
         return failed + self._finish(batch, token_ids)
 
     def generate(

@@ -33,6 +33,12 @@ class Routing:
             if isinstance(layer, LoraLayer) and "forward" not in vars(layer):
                 layer.forward = _routed_forward(layer, layer.forward, self)
 
+    def filled(self, layer: LoraLayer, slot: int, name: str) -> None:
+        """A layer has got the weights of the adapter that peft calls ``name`` and the device keeps in ``slot``."""
+
+    def cleared(self, layer: LoraLayer, slot: int) -> None:
+        """A layer has lost the weights of the adapter in ``slot``."""
+
     def along(self, length: int) -> list[Segment]:
         """The segments of an activation with ``length`` tokens."""
         return self._tokens if length == self._tokens[-1][2] else self._sampled
