@@ -42,7 +42,7 @@ def _option(name: str, default: Any = None, **more: Any) -> Any:
 @_option("--max-rows", _ENGINE.max_rows, type=click.IntRange(1), help="Requests that run at once.")
 @_option("--max-queue", _ENGINE.max_waiting, type=click.IntRange(1), help="Requests that wait; one more gets 429.")
 @_option("--kv-cache-bytes", _ENGINE.kv_cache_bytes, type=click.IntRange(1), help="Memory for keys and values.")
-@_option("--lean", is_flag=True, help="On a CPU, keep 4-bit weights once instead of twice; slower with many rows.")
+@_option("--lean", is_flag=True, help="On a CPU without AMX, keep 4-bit weights once, not twice; slow with many rows.")
 @_option("--api-key-file", type=click.Path(path_type=Path), help="Accepted bearer keys, one a line.")
 def serve(**options: Any) -> None:
     """Serve a base model and its LoRA adapters over an OpenAI-style HTTP API.

@@ -44,7 +44,9 @@ class DeviceAdapters:
     be gone while the base answers. ``dtype`` is what LoRA weights are kept in; peft raises 16 bits to 32 as well.
     """
 
-    def __init__(self, base: PreTrainedModel, slots: int, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, base: PreTrainedModel, slots: int, dtype: torch.dtype = torch.float32, routing: Routing | None = None
+    ) -> None:
         self.model = base
         self._dtype = dtype
         self._paths = tuple(path for path, _ in base.named_modules() if path)  # before any layer is wrapped
@@ -57,7 +59,7 @@ class DeviceAdapters:
         self._slots = list(range(slots))[::-1]  # the free ones
         self._numbers = count()
         self._active: list[str] = []  # peft's names, as every layer has them: one at most
-        self._routing = Routing()
+        self._routing = routing or Routing(slots)
 
     def begin(self, adapter: HostAdapter) -> None:
         """Start to put an adapter on the device; ``advance`` does the work. One at a time, and a slot must be free."""
@@ -95,10 +97,8 @@ class DeviceAdapters:
     def route(self, batch: Batch) -> None:
         """Make the next forward give each row its adapter: by activation for a step of one, else row by row."""
         if len(batch.adapters) == 1:
-            self._routing.mixed = False
             self.activate(*batch.adapters)
-            return
-        self._routing.mix(self._segments(batch, sampled=False), self._segments(batch, sampled=True))
+        self._routing.step(self._segments(batch, sampled=False), self._segments(batch, sampled=True))
 
     def activate(self, key: str | None) -> None:
         """Make one adapter, or none, the active one: the swap. It leaves what peft's set_adapter leaves.
@@ -123,7 +123,8 @@ class DeviceAdapters:
         segments, first = [], 0
         for key, rows in groupby(batch.rows, key=lambda row: row.request.adapter):
             tokens = sum(row.samples if sampled else row.tokens for row in rows)
-            segments.append((None if key is None else self._held[key].name, first, first + tokens))
+            name, slot = (None, -1) if key is None else (self._held[key].name, self._held[key].slot)
+            segments.append(Segment(name, slot, first, first + tokens))
             first += tokens
         return segments
 

@@ -19,3 +19,4 @@ class EngineConfig:
     page_tokens: int = 16
     lean: bool = False  # True: keep one layout of 4-bit weights on a CPU, and be slow with many rows
     paged: bool = True  # False: the slow reference runner
+    kernels: bool = True  # False: torch and bitsandbytes alone, the slow reference of our own kernels

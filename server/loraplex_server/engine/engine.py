@@ -22,12 +22,14 @@ from loraplex_server.engine.config import EngineConfig
 from loraplex_server.engine.detokenize import Detokenizer
 from loraplex_server.engine.errors import AdapterRefused, InvalidRequest
 from loraplex_server.engine.kv_cache import KVPages
+from loraplex_server.engine.lora import Routing
 from loraplex_server.engine.model import Base
-from loraplex_server.engine.quantized import choose_by_rows
+from loraplex_server.engine.quantized import choose_kernels
 from loraplex_server.engine.request import FinishReason, Request, SamplingParams
 from loraplex_server.engine.runner import make_runner
 from loraplex_server.engine.sampler import Sampler
 from loraplex_server.engine.scheduler import Scheduler
+from loraplex_server.kernels.native import native
 
 
 @dataclass(frozen=True)
@@ -80,13 +82,18 @@ class Engine:
         self.config = config = config or EngineConfig()
         self.max_tokens = min(base.context_tokens, config.max_model_len or base.context_tokens)
         self.pages = _make_pages(base, config, self.max_tokens)
-        if not config.lean:
-            choose_by_rows(base.model)
+        choose_kernels(base.model, config.kernels, config.lean)
         self._runner = make_runner(base.model, self.pages, config.paged)
         self.scheduler = Scheduler(
             self.pages, config.max_rows, config.step_tokens, config.max_waiting, self._runner.mixed
         )
-        self.device = DeviceAdapters(base.model, config.max_loras)
+        kernels = config.kernels and base.model.device.type == "cpu" and base.dtype == torch.bfloat16 and bool(native())
+        self.device = DeviceAdapters(
+            base.model,
+            config.max_loras,
+            torch.bfloat16 if kernels else torch.float32,
+            Routing(config.max_loras, config.max_rank, kernels),
+        )
         self.residency = Residency(
             self.device,
             load,

@@ -1,33 +1,85 @@
-"""How a 4-bit layer multiplies on a CPU: by bitsandbytes' fused kernel for few rows, dequantized and dense for many.
+"""How a 4-bit layer multiplies on a CPU, in the fastest way that this machine and the layer allow.
 
-Knows layers and row counts. On other devices bitsandbytes chooses by itself, and nothing here is used.
+With AMX and a compiler: our kernel, which reads 4 bits a weight however many rows there are. Else, with AVX-512 BF16,
+bitsandbytes' fused kernel for few rows, and dequantized and dense for many. On other devices bitsandbytes chooses by
+itself. Knows layers and rows.
 """
 
 import copy
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import torch
-from bitsandbytes.functional import dequantize_4bit, has_avx512bf16
+from bitsandbytes.functional import dequantize_4bit, dequantize_blockwise, has_avx512bf16
 from bitsandbytes.nn.modules import Linear4bit, Params4bit
 
-# The fused kernel takes as long for every row as for the first; dequantizing costs the same however many rows follow.
-# They were seen to meet at about six rows on a Xeon with AMX.
+from loraplex_server.kernels.native import addresses, native
+
+# bitsandbytes' fused kernel takes as long for every row as for the first; dequantizing costs the same however many rows
+# follow. They were seen to meet at about six rows on a Xeon with AMX.
 FUSED_ROWS = 6
 
 
-def choose_by_rows(model: torch.nn.Module) -> None:
-    """Let every 4-bit layer choose its way anew in each forward. The packed and the plain 4-bit weights are both kept.
+def choose_kernels(model: torch.nn.Module, ours: bool = True, lean: bool = False) -> None:
+    """Give every 4-bit layer on a CPU its way. Layers that bitsandbytes has packed for itself are left alone.
 
-    Does nothing where there is no fused kernel, and to layers that were packed already.
+    ``ours``: use our kernel where it can be. ``lean``: where it is not used, keep one layout of the weights instead of
+    two, and be slow with many rows.
     """
-    if not has_avx512bf16():
-        return
+    library = native().library if ours else None
     for layer in model.modules():
-        if isinstance(layer, Linear4bit) and layer.weight.device.type == "cpu":
-            weight = cast(Params4bit, layer.weight)
-            if not getattr(weight.quant_state, "packing_format_for_cpu", False):
-                layer.forward = _by_rows(layer, weight, layer.forward)
+        if not isinstance(layer, Linear4bit) or layer.weight.device.type != "cpu":
+            continue
+        weight = cast(Params4bit, layer.weight)
+        if getattr(weight.quant_state, "packing_format_for_cpu", False):
+            continue
+        if library and _fits(layer, weight.quant_state):
+            layer.forward = _by_tiles(layer, weight)
+        elif has_avx512bf16() and not lean:
+            layer.forward = _by_rows(layer, weight, layer.forward)
+
+
+def _fits(layer: Linear4bit, state: Any) -> bool:
+    outputs, inputs = state.shape
+    return (
+        layer.compute_dtype == torch.bfloat16
+        and (state.quant_type, state.blocksize) == ("nf4", 64)
+        and (inputs % 64, outputs % 32) == (0, 0)
+    )
+
+
+def _by_tiles(layer: Linear4bit, weight: Params4bit) -> Callable[..., torch.Tensor]:
+    """Our kernel; the weight is kept as it reads it, and no longer as bitsandbytes does."""
+    state: Any = weight.quant_state
+    outputs, inputs = state.shape
+    codes, scales = pack(weight.data, state)
+    codebook = state.code.to(torch.bfloat16).repeat(2)
+    weight.data, weight.quant_state = codes, None
+    bias = None if layer.bias is None else layer.bias.to(torch.bfloat16)
+    kernel = native().library.nf4_linear  # pyright: ignore[reportOptionalMemberAccess]
+    constant = addresses(codes, scales, bias, codebook)
+    vars(layer)["kernel_tensors"] = scales, codebook, bias  # they live as long as the layer that uses their addresses
+
+    def forward(x: torch.Tensor) -> torch.Tensor:  # (…, in) → (…, out)
+        given = x.to(torch.bfloat16).contiguous()
+        out = torch.empty(*x.shape[:-1], outputs, dtype=torch.bfloat16)
+        kernel(out.data_ptr(), given.data_ptr(), *constant, given.numel() // inputs, inputs, outputs)
+        return out.to(x.dtype)
+
+    return forward
+
+
+def pack(weight: torch.Tensor, state: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes (uint8, as many bytes as before) and scales (float32, one for 64 weights) as kernels/nf4.c reads them."""
+    outputs, inputs = state.shape
+    absmax = state.absmax
+    if state.nested:
+        absmax = dequantize_blockwise(state.absmax, state.state2) + state.offset
+    scales = absmax.float().view(outputs // 16, 16, inputs // 64).transpose(1, 2).contiguous()
+    codes = torch.stack([weight.view(-1) >> 4, weight.view(-1) & 15], 1)  # the first of two weights is in the high bits
+    codes = codes.view(outputs // 16, 16, inputs // 64, 2, 16, 2)  # tile, output, block, half, row, input of the row
+    low, high = codes.permute(3, 0, 2, 4, 1, 5)
+    return (low | high << 4).contiguous(), scales
 
 
 def _by_rows(layer: Linear4bit, weight: Params4bit, fused: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

@@ -1,0 +1,24 @@
+"""Where one LoRA layer's weights lie, adapter slot by adapter slot: what the kernels of every device read.
+
+The tables are written when an adapter comes or goes, never by a step. Knows no names, no peft and no kernels.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class LoraTable:
+    """One layer's adapters; a slot has the same number in every layer.
+
+    The pointers are addresses on the tables' own device, of weights that somebody else keeps alive. Each is a multiple
+    of 16 bytes, as torch's allocators give them: the CUDA kernels load that many at once.
+    """
+
+    a: torch.Tensor  # (slots,) int64: address of A, row-major (rank, in_features); 0: nothing here for the slot
+    b: torch.Tensor  # (slots,) int64: address of B, row-major (out_features, rank); on a CPU (rank, out_features)
+    rank: torch.Tensor  # (slots,) int32; 0: nothing here for the slot
+    scaling: torch.Tensor  # (slots,) float32
+    dtype: torch.dtype  # of every A and B
+    max_rank: int  # no rank is higher; a captured CUDA graph holds on to it

@@ -1,0 +1,111 @@
+"""The C kernels for CPUs with AMX: built once with the machine's own compiler, then kept. Knows addresses, no models.
+
+Nothing needs them: without AMX or without a compiler the engine computes the same through torch and bitsandbytes, more
+slowly.
+"""
+
+import ctypes
+import hashlib
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from platformdirs import user_cache_path
+
+_HERE = Path(__file__).parent
+_SOURCES = ("init.c", "nf4.c", "lora.c", "attention.c")
+_CPU_FLAGS = {"amx_tile", "amx_bf16", "avx512f", "avx512bw", "avx512vl", "avx512_bf16"}
+# OpenMP is left unresolved: it is found in the library that torch has loaded, so that both share one team of threads.
+_FEATURES = ("avx512f", "avx512bw", "avx512vl", "avx512bf16", "fma", "amx-tile", "amx-bf16")
+_COMPILE = ["-O3", "-std=gnu11", "-fPIC", "-fopenmp", *(f"-m{feature}" for feature in _FEATURES)]
+
+_P, _L, _F = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
+_ARGUMENTS = {
+    "nf4_linear": [_P] * 6 + [_L] * 3,
+    "lora_add": [_P, _P, _P, _L, _P, _P, _P, _P, _L, _L, _L, _L],
+    "attend": [_P] * 7 + [_L] * 4 + [_F],
+}
+
+
+@dataclass(frozen=True)
+class Native:
+    """The kernels, or why there are none."""
+
+    library: ctypes.CDLL | None
+    why_not: str = ""
+
+    def __bool__(self) -> bool:
+        return self.library is not None
+
+
+@cache
+def native() -> Native:
+    """The kernels of this machine, built if they were not yet (a few seconds)."""
+    if _CPU_FLAGS - _cpu_flags():
+        return Native(None, "this CPU has no AMX")
+    try:
+        library = ctypes.CDLL(str(_built()))
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = getattr(error, "stderr", None) or str(error)
+        return Native(None, said.strip().splitlines()[0])
+    if library.request_amx():
+        return Native(None, "the system does not let this process use AMX")
+    for name, arguments in _ARGUMENTS.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = arguments, None
+    return Native(library)
+
+
+def build(into: Path) -> Path:
+    """Compile the kernels into a folder; what is there under the name of the same sources is left as it is.
+
+    Raises:
+        FileNotFoundError: there is no C compiler.
+        subprocess.CalledProcessError: it refused; ``stderr`` says why.
+    """
+    built = into / _name()
+    if built.exists():
+        return built
+    compiler = shutil.which("gcc") or shutil.which("cc")
+    if compiler is None:
+        raise FileNotFoundError("there is no C compiler (gcc) to build the AMX kernels with")
+    into.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=into) as folder:
+        whole, compiled, linked = (Path(folder) / name for name in ("kernels.c", "kernels.o", "kernels.so"))
+        whole.write_text("".join(f'#include "{_HERE / name}"\n' for name in _SOURCES))
+        for command in ([*_COMPILE, "-c", whole, "-o", compiled], ["-shared", compiled, "-lm", "-o", linked]):
+            subprocess.run([compiler, *command], check=True, capture_output=True, text=True)
+        linked.replace(built)  # whoever builds at the same time builds the same
+    return built
+
+
+def addresses(*tensors: torch.Tensor | None) -> list[int]:
+    """Where tensors lie; 0 for None."""
+    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+
+def _built() -> Path:
+    """Beside the sources, where an image's build leaves it, or in the user's cache."""
+    beside = _HERE / _name()
+    return beside if beside.exists() else build(user_cache_path("loraplex") / "kernels")
+
+
+def _name() -> str:
+    digest = hashlib.sha256(" ".join(_COMPILE).encode())
+    for name in ("common.h", *_SOURCES):
+        digest.update((_HERE / name).read_bytes())
+    return f"loraplex-{digest.hexdigest()[:16]}.so"
+
+
+def _cpu_flags() -> set[str]:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return set(next((line.split(":")[1] for line in lines if line.startswith("flags")), "").split())
+
+
+if __name__ == "__main__":  # an image's build: leave the kernels beside the sources
+    print(build(_HERE))  # noqa: T201

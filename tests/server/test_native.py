@@ -1,0 +1,89 @@
+"""The C kernels: what each computes, against torch; and that they are built, kept, and missed in plain words."""
+
+import subprocess
+
+import pytest
+import torch
+
+from loraplex_server.engine.lora import Along, Segment, add_by_kernel
+from loraplex_server.engine.lora_table import LoraTable
+from loraplex_server.kernels import native as module
+from loraplex_server.kernels.native import addresses, build, native
+
+needs_kernels = pytest.mark.skipif(not native(), reason=f"{native().why_not}; gcc comes with: apt-get install gcc")
+
+
+def random(*shape, seed=0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+@needs_kernels
+@pytest.mark.parametrize(("inputs", "outputs"), [(64, 64), (96, 192), (2048, 256)])
+def test_lora_of_many_adapters_is_what_each_gives_alone(inputs, outputs):
+    ranks, scalings = [1, 7, 16, 256, 0], [0.5, 2.0, 1.0, 0.1, 9.0]
+    weights = [(random(r, inputs, seed=r) / 8, random(r, outputs, seed=r + 1) / 8) for r in ranks]
+    pointers = [torch.tensor([w[i].data_ptr() for w in weights]) for i in range(2)]
+    table = LoraTable(*pointers, torch.tensor(ranks, dtype=torch.int32), torch.tensor(scalings), torch.bfloat16, 256)
+    counts = [(-1, 2), (0, 1), (1, 3), (2, 9), (-1, 1), (3, 4), (4, 2), (0, 5)]
+    segments, first = [], 0
+    for slot, tokens in counts:
+        segments.append(Segment(None if slot < 0 else str(slot), slot, first, first + tokens))
+        first += tokens
+    x, before = random(1, first, inputs, seed=3), random(1, first, outputs, seed=4)
+    out, expected = before.clone(), before.float()
+    add_by_kernel(out, x, Along(segments), table)
+    for _, slot, start, stop in segments:
+        if slot >= 0:
+            a, b = weights[slot]
+            expected[0, start:stop] += scalings[slot] * (x[0, start:stop].float() @ a.float().T) @ b.float()
+    torch.testing.assert_close(out.float(), expected, rtol=2**-7, atol=2**-7 * float(expected.abs().max()))
+    untouched = [t for _, slot, start, stop in segments if slot in (-1, 4) for t in range(start, stop)]
+    assert torch.equal(out[0, untouched], before[0, untouched])
+    for _, slot, start, stop in segments:  # the same bits alone
+        alone = before[:, start:stop].clone()
+        add_by_kernel(alone, x[:, start:stop].contiguous(), Along([Segment("x", slot, 0, stop - start)]), table)
+        assert torch.equal(alone, out[:, start:stop])
+
+
+@needs_kernels
+@pytest.mark.parametrize(("heads", "kv_heads", "width"), [(4, 4, 32), (8, 2, 64), (6, 1, 96)])
+def test_attention_over_paged_keys_is_torch_s(heads, kv_heads, width):
+    lengths = [1, 5, 40, 17]
+    keys, values = random(64, kv_heads, width, seed=1), random(64, kv_heads, width, seed=2)
+    query, tokens = random(9, heads, width, seed=3), torch.tensor([7, 0, 3, 4])
+    contexts = [torch.randperm(64, generator=torch.Generator().manual_seed(n))[:n] for n in lengths]
+    starts, context = torch.tensor([0, *lengths]).cumsum(0), torch.cat(contexts)
+    out = torch.full_like(query, 9)
+    native().library.attend(
+        *addresses(out, query, keys, values, context, starts, tokens), 4, heads, kv_heads, width, 0.1
+    )
+    for token, seen in zip(tokens, contexts, strict=True):
+        expected = torch.nn.functional.scaled_dot_product_attention(
+            query[token][:, None].float(),
+            keys[seen].transpose(0, 1).float(),
+            values[seen].transpose(0, 1).float(),
+            scale=0.1,
+            enable_gqa=True,
+        )[:, 0]
+        torch.testing.assert_close(out[token].float(), expected, rtol=2**-7, atol=2**-7)
+    assert (out[[1, 2, 5, 6, 8]] == 9).all(), "other tokens are left alone"
+
+
+@needs_kernels
+def test_they_are_built_once(tmp_path, monkeypatch):
+    first = build(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [first.name], "nothing is left beside it"
+    monkeypatch.setattr(module.shutil, "which", lambda name: pytest.fail("it asked for a compiler again"))
+    assert build(tmp_path) == first
+
+
+@pytest.mark.parametrize("compiler", [None, "false"])
+def test_without_a_compiler_that_works_there_are_none_and_the_reason_is_told(tmp_path, monkeypatch, compiler):
+    monkeypatch.setattr(module.shutil, "which", lambda name: compiler)
+    with pytest.raises((FileNotFoundError, subprocess.CalledProcessError)):
+        build(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(module, "_built", lambda: build(tmp_path))
+    monkeypatch.setattr(module, "_cpu_flags", lambda: module._CPU_FLAGS)
+    found = native.__wrapped__()
+    assert not found and ("gcc" in found.why_not or "false" in found.why_not)
