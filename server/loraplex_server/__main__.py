@@ -37,6 +37,7 @@ def _option(name: str, default: Any = None, **more: Any) -> Any:
 @_option("--dtype", _SERVER.dtype, type=click.Choice(["auto", "float32", "bfloat16", "float16"]), help="Compute dtype.")
 @_option("--max-loras", _ENGINE.max_loras, type=click.IntRange(1), help="Adapters on the device at once.")
 @_option("--max-host-loras", _ENGINE.max_host_loras, type=click.IntRange(1), help="Adapters in host memory.")
+@_option("--max-host-bytes", _ENGINE.max_host_bytes, type=click.IntRange(1), help="Host memory for all adapters.")
 @_option("--max-rank", _ENGINE.max_rank, type=click.IntRange(1, 256), help="Highest LoRA rank that is served.")
 @_option("--max-model-len", type=click.IntRange(2), help="Most tokens of prompt and completion. [default: the base's]")
 @_option("--max-rows", _ENGINE.max_rows, type=click.IntRange(1), help="Requests that run at once.")
@@ -85,6 +86,7 @@ def _config(options: dict[str, Any]) -> ServerConfig:
     engine = EngineConfig(
         max_loras=options["max_loras"],
         max_host_loras=options["max_host_loras"],
+        max_host_bytes=options["max_host_bytes"],
         max_rank=options["max_rank"],
         max_rows=options["max_rows"],
         max_waiting=options["max_queue"],

@@ -26,7 +26,7 @@ EVERYTHING = {
         "revision": "v1: final",
         "cache": {"persistent": True, "accessMode": "ReadWriteMany", "storageClass": "nfs"},
     },
-    "lora": {"maxLoras": 4, "maxHostLoras": 32, "maxRank": 16},
+    "lora": {"maxLoras": 4, "maxHostLoras": 32, "maxHostBytes": 8_589_934_592, "maxRank": 16},
     "server": {
         "replicas": 2,
         "maxModelLen": 1_048_576,
@@ -382,12 +382,14 @@ def test_every_argument_is_an_option_that_the_program_takes(chart: Any, name: st
 
 def test_an_option_that_is_left_null_is_left_to_the_server(chart: Any):
     (container,) = server(render(chart))["containers"]
-    assert not [a for a in container["args"] if re.match("--(max-model-len|max-rows|max-queue|kv-cache-bytes)", a)]
+    left = "--(max-model-len|max-rows|max-queue|kv-cache-bytes|max-host-bytes)"
+    assert not [a for a in container["args"] if re.match(left, a)]
 
 
 def test_large_numbers_stay_whole(chart: Any):
     (container,) = server(render(chart, EVERYTHING))["containers"]
-    assert {"--max-model-len=1048576", "--kv-cache-bytes=68719476736"} <= set(container["args"])
+    whole = {"--max-model-len=1048576", "--max-host-bytes=8589934592", "--kv-cache-bytes=68719476736"}
+    assert whole <= set(container["args"])
 
 
 def test_text_from_values_stays_text(chart: Any):

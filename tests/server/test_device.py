@@ -1,9 +1,14 @@
 """Adapters in the model, against peft: its own injection and its own set_adapter on a fresh model are the reference."""
 
+import gc
+import itertools
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from math import inf
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
@@ -14,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from loraplex_server.adapters.device import DeviceAdapters
 from loraplex_server.adapters.host import HostAdapter
+from loraplex_server.adapters.residency import Place, Residency, Unobserved
 from loraplex_server.engine.errors import AdapterRefused
 
 PER_ADAPTER = (*LoraLayer.adapter_layer_names, *LoraLayer.other_param_names, "lora_variant")
@@ -236,3 +242,46 @@ def test_weights_are_kept_in_one_dtype_whatever_the_file_s(base_folder, adapter_
             assert weight.dtype == dtype
             tensor = whole.tensors[f"base_model.model.{path}.lora_A.weight"]
             assert torch.equal(weight, tensor.to(stored).to(dtype))
+
+
+def test_a_thousand_loads_and_unloads_leave_nothing(base_folder, adapter_folders):
+    """Memory was not freed after an unload elsewhere (vllm#42207), and peft keeps nearly a dozen things under an
+    adapter's name in every layer. Through both tiers, from files; counted once the layers are wrapped and warm.
+    """
+    adapters = {f"{name}{i}": folder for i in range(3) for name, folder in adapter_folders.items()}
+    pool, woken = ThreadPoolExecutor(1), threading.Event()
+    device = DeviceAdapters(base_of(base_folder), 3)
+    residency = Residency(device, lambda key: read(adapters[key], key), pool, 3, 4, Unobserved(), woken.set)
+
+    def cycle(key) -> None:
+        while residency.want(key) is not Place.READY:
+            residency.install(inf)
+            assert woken.wait(10)
+            woken.clear()
+        device.activate(key)
+        residency.pin(key)
+        residency.unload(key)
+        residency.unpin(key)
+
+    def counted() -> tuple[int, int, int]:
+        gc.collect()
+        kinds = [type(each) for each in gc.get_objects()]  # not isinstance, which asks lazy objects who they are
+        tensors, modules = (sum(issubclass(kind, each) for kind in kinds) for each in (torch.Tensor, torch.nn.Module))
+        return tensors, modules, len(kinds)
+
+    keys = itertools.cycle(key for key in adapters if not key.startswith("red"))  # few layers: it takes seconds
+    for key in (*adapters, *itertools.islice(keys, 100)):
+        cycle(key)
+    tensors, modules, objects = counted()
+    resident_bytes = psutil.Process().memory_info().rss
+    for _ in range(1000):
+        cycle(next(keys))
+    assert counted()[:2] == (tensors, modules)
+    assert counted()[2] - objects < 1000, "less than one object a cycle"
+    assert psutil.Process().memory_info().rss - resident_bytes < 8 << 20
+    assert (residency.in_host, residency.on_device, residency.loading) == ((), (), ())
+    assert device._peft.peft_config == {}
+    for layer in layers(device.model).values():
+        assert not any(len(getattr(layer, attribute)) for attribute in PER_ADAPTER)
+        assert layer.active_adapters == []
+    pool.shutdown()

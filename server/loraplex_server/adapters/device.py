@@ -91,8 +91,12 @@ class DeviceAdapters:
         return True
 
     def remove(self, key: str) -> None:
-        """Take an adapter off the device; its memory is free when this returns."""
-        self._take_out(self._held.pop(key))
+        """Take an adapter off the device, whole or on its way; its memory is free when this returns."""
+        if self._coming and self._coming[0].key == key:
+            held, self._coming = self._coming[0], None
+        else:
+            held = self._held.pop(key)
+        self._take_out(held)
 
     def route(self, batch: Batch) -> None:
         """Make the next forward give each row its adapter: by activation for a step of one, else row by row."""

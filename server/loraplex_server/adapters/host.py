@@ -1,6 +1,7 @@
 """An adapter in host memory: read from a folder, checked whole against the base, ready to be put on the device."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ class HostAdapter:
     config: LoraConfig
     tensors: dict[str, torch.Tensor]
 
-    @property
+    @cached_property
     def host_bytes(self) -> int:
         """Memory the tensors take."""
         return sum(t.nbytes for t in self.tensors.values())

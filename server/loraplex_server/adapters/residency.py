@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Executor, Future
+from copy import copy
 from enum import Enum, auto
+from math import inf
 from typing import TYPE_CHECKING, Protocol
 
 from loraplex_server.engine.errors import AdapterRefused
@@ -26,7 +28,7 @@ class Place(Enum):
 
     READY = auto()  # on the device
     LOADING = auto()  # on its way to host memory, or from there to the device
-    NO_SLOT = auto()  # in host memory, but every device slot is pinned by running requests
+    NO_SLOT = auto()  # in host memory, but every device slot is kept, pinned, or waited for by who comes first
 
 
 class Device(Protocol):
@@ -56,7 +58,11 @@ class Unobserved:
 
 
 class Residency:
-    """``device_slots`` adapters on the device, at least one more in host memory; the least recently used goes first."""
+    """``device_slots`` adapters on the device, at least one more in host memory; the least recently used goes first.
+
+    ``wanted`` names what the waiting requests want: it is not evicted from host memory before they had it, and no more
+    is loaded than fits beside it. Loads already under way may take host memory over its bounds for a moment.
+    """
 
     def __init__(
         self,
@@ -67,16 +73,24 @@ class Residency:
         host_slots: int,
         observer: Observer,
         wake: Callable[[], None],
+        wanted: Callable[[], Iterable[str]] = tuple,
+        max_host_bytes: float = inf,
     ) -> None:
         self.device_slots = device_slots
         self.host_slots = max(host_slots, device_slots + 1)  # one more, or a new one could never arrive
+        self.max_host_bytes = max_host_bytes
         self._device, self._load, self._executor, self._observer, self._wake = device, load, executor, observer, wake
+        self._wanted = wanted
+        self._queued: dict[str, None] = {}  # to be loaded when host memory has room, in this order
         self._loading: dict[str, Future[HostAdapter]] = {}
         self._failed: dict[str, tuple[float, Exception]] = {}
         self._host: OrderedDict[str, HostAdapter] = OrderedDict()  # least recently used first
         self._on_device: OrderedDict[str, None] = OrderedDict()  # a subset of _host
         self._installing: tuple[str, float] | None = None  # from host memory to the device, and when it began
+        self._unused: set[str] = set()  # on the device, and no request has run with them since they came
         self._pins: Counter[str] = Counter()
+        self._kept: set[str] = set()
+        self._leaving: set[str] = set()  # go with the last request that runs with them
 
     @property
     def on_device(self) -> tuple[str, ...]:
@@ -90,11 +104,29 @@ class Residency:
 
     @property
     def loading(self) -> tuple[str, ...]:
-        """Keys on their way to host memory."""
-        return tuple(self._loading)
+        """Keys on their way to host memory, or waiting for room there."""
+        return (*self._loading, *self._queued)
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """Keys that are not evicted whatever happens."""
+        return tuple(self._kept)
+
+    @property
+    def host_bytes(self) -> int:
+        """What the adapters in host memory take."""
+        return sum(adapter.host_bytes for adapter in self._host.values())
 
     def put(self, adapter: HostAdapter) -> None:
-        """Hand over an adapter that was read elsewhere."""
+        """Hand over an adapter that was read elsewhere; one of its key that is here already makes way for it.
+
+        Raises:
+            AdapterRefused: the one that is here is in use, or this one is larger than host memory.
+        """
+        if self._pins[adapter.key]:
+            raise AdapterRefused(f"adapter {adapter.key!r} is in use by running requests; try again when they ended")
+        self._refuse_too_large(adapter)
+        self._drop(adapter.key)
         self._host[adapter.key] = adapter
         self._trim_host()
 
@@ -106,23 +138,55 @@ class Residency:
         self.warm(key)
 
     def warm(self, key: str) -> None:
-        """Begin to bring an adapter to host memory, unless it is here, on its way, or failed a moment ago."""
+        """Bring an adapter to host memory as soon as there is room, unless it is here or failed a moment ago."""
         failed = self._failed.get(key)
         if failed and time.monotonic() - failed[0] > RETRY_SECONDS:
             del self._failed[key]
-        if key in self._host or key in self._loading or key in self._failed:
-            return
-        self._loading[key] = self._executor.submit(self._timed_load, key)
-        self._loading[key].add_done_callback(lambda _: self._wake())
+        if not any(key in known for known in (self._host, self._loading, self._queued, self._failed)):
+            self._queued[key] = None
+            self._start_loads()
+
+    def keep(self, key: str) -> None:
+        """Never evict this adapter from where it is or comes to be, and begin to load it if it is nowhere.
+
+        Raises:
+            AdapterRefused: all device slots but one are kept already; the last is for all other adapters.
+        """
+        if key not in self._kept and len(self._kept) >= self.device_slots - 1:
+            raise AdapterRefused(
+                f"{len(self._kept)} adapters are kept already, and with {self.device_slots} device slots "
+                f"at most {self.device_slots - 1} can be; release one first"
+            )
+        self._kept.add(key)
+        self.warm(key)
+
+    def release(self, key: str) -> None:
+        """Let an adapter be evicted again; nothing happens if it was not kept."""
+        self._kept.discard(key)
+
+    def unload(self, key: str) -> None:
+        """Free the host and device memory of an adapter now, or with the last request that runs with it.
+
+        Who asks for it from now on has it loaded anew.
+        """
+        self._kept.discard(key)
+        if self._pins[key]:
+            self._leaving.add(key)
+        else:
+            self._drop(key)
 
     def collect(self) -> None:
-        """Take finished loads over into host memory, or remember how they failed."""
+        """Take finished loads over into host memory, or remember how they failed; start what has room now."""
         for key in [key for key, load in self._loading.items() if load.done()]:
             load = self._loading.pop(key)
             if error := load.exception():
                 self._remember_failure(key, error if isinstance(error, Exception) else RuntimeError(repr(error)))
-            else:
+                continue
+            try:
                 self.put(load.result())
+            except AdapterRefused as refusal:
+                self._remember_failure(key, refusal)
+        self._start_loads()
 
     def want(self, key: str) -> Place:
         """Where an adapter is, after beginning what brings it nearer to the device.
@@ -130,15 +194,17 @@ class Residency:
         One is put on the device at a time: the first that was wanted while nothing else was under way.
 
         Raises:
-            Exception: what its load raised, for RETRY_SECONDS after it failed.
+            Exception: what its load raised, for RETRY_SECONDS after it failed; for each who asks, an exception anew.
         """
         self.collect()
+        if key in self._leaving:  # none may run with it any more, or it would never go
+            return Place.LOADING
         if key in self._on_device:
             self._on_device.move_to_end(key)
             self._host.move_to_end(key)
             return Place.READY
         if key in self._failed:
-            raise self._failed[key][1]
+            raise _again(self._failed[key][1])
         if key not in self._host:
             self.warm(key)
             return Place.LOADING
@@ -152,6 +218,7 @@ class Residency:
 
     def install(self, seconds: float) -> None:
         """Go on for about so long with what ``want`` began to put on the device. Who waits for it is told by wake."""
+        self.collect()
         if not self._installing:
             return
         key, started = self._installing
@@ -163,6 +230,7 @@ class Residency:
             self._remember_failure(key, error)
         else:
             self._on_device[key] = None
+            self._unused.add(key)
             self._observer.adapter_load("host_to_device", time.perf_counter() - started)
         self._installing = None
         self._wake()
@@ -171,6 +239,7 @@ class Residency:
         """Keep an adapter on the device for one more running request."""
         assert key in self._on_device
         self._pins[key] += 1
+        self._unused.discard(key)
 
     def unpin(self, key: str) -> None:
         """One running request less."""
@@ -178,6 +247,8 @@ class Residency:
         self._pins[key] -= 1
         if not self._pins[key]:
             del self._pins[key]
+            if key in self._leaving:
+                self._drop(key)
 
     def _timed_load(self, key: str) -> HostAdapter:
         started = time.perf_counter()
@@ -189,21 +260,88 @@ class Residency:
         self._failed[key] = (time.monotonic(), error)
         self._observer.adapter_load_failed(type(error).__name__)
 
+    def _refuse_too_large(self, adapter: HostAdapter) -> None:
+        if adapter.host_bytes > self.max_host_bytes:
+            raise AdapterRefused(
+                f"it takes {adapter.host_bytes:,} bytes of host memory, at most {self.max_host_bytes:,} serve all"
+            )
+
+    def _start_loads(self) -> None:
+        while self._queued and self._room_for_one_more():
+            key = next(iter(self._queued))
+            del self._queued[key]
+            self._loading[key] = self._executor.submit(self._timed_load, key)
+            self._loading[key].add_done_callback(lambda _: self._wake())
+
+    def _room_for_one_more(self) -> bool:
+        """Whether host memory will have room for one more when all under way have come."""
+        if len(self._host) + len(self._loading) < self.host_slots and self.host_bytes < self.max_host_bytes:
+            return True
+        stay = self._not_to_go() & self._host.keys()
+        # Waiting does not make what is kept go: its bytes must not hold up the others for ever.
+        stay_bytes = sum(self._host[key].host_bytes for key in stay - self._kept)
+        return len(stay) + len(self._loading) < self.host_slots and stay_bytes < self.max_host_bytes
+
+    def _not_to_go(self) -> set[str]:
+        """Keys that host memory must not lose: in use, kept, on their way to the device, or waited for."""
+        coming = {self._installing[0]} if self._installing else set()
+        return {*self._pins, *self._kept, *coming, *self._wanted()}
+
     def _make_room(self) -> bool:
-        while len(self._on_device) >= self.device_slots:
-            victim = next((key for key in self._on_device if key not in self._pins), None)
-            if victim is None:
-                return False
-            del self._on_device[victim]
-            self._device.remove(victim)
-            self._observer.evicted("device")
+        """Evict from the device until a slot is free: first what nobody waits for, never what is still to be used."""
+        if len(self._on_device) < self.device_slots:
+            return True
+        idle = [key for key in self._on_device if key not in self._pins and key not in self._kept]
+        if not idle:
+            return False
+        wanted = set(self._wanted())
+        victim = next((key for key in idle if key not in wanted), None)
+        victim = victim or next((key for key in idle if key not in self._unused), None)
+        if victim is None:
+            return False
+        self._leave_device(victim)
+        self._observer.evicted("device")
         return True
 
     def _trim_host(self) -> None:
-        while len(self._host) > self.host_slots:
-            coming = self._installing and self._installing[0]
-            victim = next((key for key in self._host if key not in self._on_device and key != coming), None)
-            if victim is None:
+        """Evict from host memory until it is within its bounds; what is on the device goes last, and from there too."""
+        if len(self._host) <= self.host_slots and self.host_bytes <= self.max_host_bytes:
+            return
+        newest, stay = next(reversed(self._host)), self._not_to_go()
+        idle = [key for key in self._host if key not in stay and key != newest]
+        for key in sorted(idle, key=lambda key: key in self._on_device):  # else least recently used first
+            if len(self._host) <= self.host_slots and self.host_bytes <= self.max_host_bytes:
                 return
-            del self._host[victim]
+            self._drop(key)
             self._observer.evicted("host")
+
+    def _leave_device(self, key: str) -> None:
+        del self._on_device[key]
+        self._unused.discard(key)
+        self._device.remove(key)
+
+    def _drop(self, key: str) -> None:
+        """Forget an adapter wherever it is; nothing happens if it is nowhere."""
+        self._leaving.discard(key)
+        self._queued.pop(key, None)
+        self._failed.pop(key, None)
+        if load := self._loading.pop(key, None):
+            load.cancel()  # one that runs already ends unseen
+        if self._installing and self._installing[0] == key:
+            self._installing = None
+            self._device.remove(key)
+        if key in self._on_device:
+            self._leave_device(key)
+        self._host.pop(key, None)
+
+
+def _again(error: Exception) -> Exception:
+    """The error anew, caused by the first: each request raises its own, and no trace grows with who asked."""
+    try:
+        anew = copy(error)
+    except TypeError:  # its class is not made from its args alone
+        anew = type(error).__new__(type(error), *error.args)
+    anew.args = error.args
+    vars(anew).update(vars(error))
+    anew.__cause__ = error
+    return anew

@@ -102,6 +102,8 @@ class Engine:
             config.max_host_loras,
             observer or Unobserved(),
             wake,
+            lambda: {request.adapter for request in self.scheduler.waiting if request.adapter},
+            config.max_host_bytes,
         )
         self._sampler = Sampler()
         self._detokenizers: dict[str, Detokenizer] = {}
