@@ -39,7 +39,7 @@ def create_app(config: ServerConfig, base: Base | None = None) -> Starlette:
         build={"base": base.id, "quantization": base.quantization, "device": base.device.type},
     )
     wake = threading.Event()
-    load = loader(registry, base.description, config.engine.max_rank)
+    load = loader(registry, base.description, config.engine.max_rank, pin=base.device.type == "cuda")
     service = Service(EngineLoop(Engine(base, config.engine, load, metrics, wake.set), wake), registry, metrics)
 
     @asynccontextmanager

@@ -55,7 +55,7 @@ class Service:
         self.registry_threads = CapacityLimiter(REGISTRY_THREADS)
         self.metrics = metrics
         self.started = int(time.time())
-        self.watch = RegistryWatch(registry, self._alias_moved)
+        self.watch = RegistryWatch(registry, self._warm, self._held_names, self._forget)
         self._versions: dict[str, Version] = {}  # by digest: what was resolved here
         metrics.observe_state(self.snapshot)
 
@@ -199,7 +199,14 @@ class Service:
         self._versions[version.digest] = version
         return version
 
-    def _alias_moved(self, version: Version) -> None:
+    def _held_names(self) -> tuple[str, ...]:
+        return self._names(self.engine.residency.in_host)
+
+    def _forget(self, name: str) -> None:
+        """The registry knows the name no more."""
+        self.metrics.forget(name)
+
+    def _warm(self, version: Version) -> None:
         if any(v.name == version.name for v in list(self._versions.values())):  # it is in use here
             self._remember(version)
             self.loop.warm(version.digest)

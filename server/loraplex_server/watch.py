@@ -1,12 +1,15 @@
-"""Watches the registry: which aliases point where, whether it answers, how old our knowledge is. No HTTP, no torch."""
+"""Watches the registry: where aliases point, what was pushed, whether it answers, how old our knowledge is.
+
+Knows no HTTP and no torch, and of the server only which names it holds.
+"""
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from time import monotonic
 from typing import Protocol
 
-from loraplex_registry.errors import RegistryError
+from loraplex_registry.errors import NotFound, RegistryError
 from loraplex_registry.reference import Reference
 from loraplex_registry.version import Version
 from loraplex_server.adapters.disk import AdapterSource
@@ -14,12 +17,14 @@ from loraplex_server.adapters.disk import AdapterSource
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0
+ROUND = 5  # looks in which every name that is held is asked about: a list of all could be thousands
 
 
 class RegistrySource(AdapterSource, Protocol):
     """What the server asks of a registry, in a folder or behind a URL."""
 
     def resolve(self, ref: str | Reference) -> Version: ...
+    def versions(self, name: str) -> list[Version]: ...
     def list(self) -> list[Version]: ...
     def aliases(self) -> dict[str, dict[str, int]]: ...
 
@@ -27,13 +32,22 @@ class RegistrySource(AdapterSource, Protocol):
 class RegistryWatch:
     """Asks for the aliases every second on a thread of its own.
 
-    When an alias moves, ``moved`` is called with the version it points to now, so that it can be loaded before the
-    first request wants it.
+    When an alias moves, or a version is pushed to a name that is ``held``, ``ahead`` is called with the version that is
+    served now or may be next, so that it can be loaded before the first request wants it. ``gone`` is called with a
+    held name that the registry knows no more.
     """
 
-    def __init__(self, registry: RegistrySource, moved: Callable[[Version], None]) -> None:
+    def __init__(
+        self,
+        registry: RegistrySource,
+        ahead: Callable[[Version], None],
+        held: Callable[[], Iterable[str]] = tuple,
+        gone: Callable[[str], None] = lambda name: None,
+    ) -> None:
         self._registry = registry
-        self._moved = moved
+        self._ahead, self._held, self._gone = ahead, held, gone
+        self._newest: dict[str, int] = {}  # of the names that are held, as last seen
+        self._round: list[str] = []  # names still to be asked about in this one
         self._aliases: dict[str, dict[str, int]] | None = None
         self._seen_at: float | None = None
         self._stop = threading.Event()
@@ -71,6 +85,7 @@ class RegistryWatch:
             before, self._aliases = self._aliases, aliases
             if before is not None:
                 self._tell(before, aliases)
+            self._look_for_pushes()
         except RegistryError as error:
             if self.up:
                 log.warning("the registry does not answer: %s", error)
@@ -85,7 +100,24 @@ class RegistryWatch:
         for name, aliases in now.items():
             for alias, number in aliases.items():
                 if before.get(name, {}).get(alias) not in (None, number):
-                    self._moved(self._registry.resolve(f"{name}:{number}"))
+                    self._ahead(self._registry.resolve(f"{name}:{number}"))
+
+    def _look_for_pushes(self) -> None:
+        """Ask about some of the names that are held, so that a round of looks asks about all."""
+        held = sorted(self._held())
+        self._newest = {name: number for name, number in self._newest.items() if name in held}
+        self._round = [name for name in self._round if name in held] or held
+        for name in self._round[: -(-len(held) // ROUND)]:
+            self._round = self._round[1:]
+            try:
+                newest = self._registry.versions(name)[-1]
+            except NotFound:
+                self._gone(name)
+                continue
+            before = self._newest.get(name, newest.number)
+            self._newest[name] = newest.number
+            if newest.number > before:
+                self._ahead(newest)
 
     def _run(self) -> None:
         while not self._stop.wait(POLL_SECONDS):

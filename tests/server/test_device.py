@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import shutil
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -17,8 +18,9 @@ from safetensors.torch import load_file
 from tiny import make_adapter, make_base
 from transformers import AutoModelForCausalLM
 
+from loraplex_registry.base import describe_base
 from loraplex_server.adapters.device import DeviceAdapters
-from loraplex_server.adapters.host import HostAdapter
+from loraplex_server.adapters.host import HostAdapter, read_adapter
 from loraplex_server.adapters.residency import Place, Residency, Unobserved
 from loraplex_server.engine.errors import AdapterRefused
 
@@ -285,3 +287,15 @@ def test_a_thousand_loads_and_unloads_leave_nothing(base_folder, adapter_folders
         assert not any(len(getattr(layer, attribute)) for attribute in PER_ADAPTER)
         assert layer.active_adapters == []
     pool.shutdown()
+
+
+def test_an_adapter_in_host_memory_needs_its_file_no_more(tmp_path, base_folder, adapter_folders):
+    """Its tensors were views of the file: memory that the system takes back and reads again, on the engine's thread."""
+    folder = shutil.copytree(adapter_folders["red"], tmp_path / "red")
+    held = read_adapter("red", folder, describe_base(str(base_folder)), max_rank=8)
+    with (folder / "adapter_model.safetensors").open("r+b") as file:
+        file.seek(8 + int.from_bytes(file.read(8), "little"))
+        file.write(bytes(sum(tensor.nbytes for tensor in held.tensors.values())))
+    expected = load_file(adapter_folders["red"] / "adapter_model.safetensors")
+    assert held.tensors.keys() == expected.keys()
+    assert all(torch.equal(held.tensors[key], expected[key]) for key in expected)

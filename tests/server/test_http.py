@@ -13,6 +13,7 @@ import pytest
 from serving import serving
 from tiny import make_adapter, make_base
 
+from loraplex_registry.errors import UnknownAdapter
 from loraplex_registry.registry import Registry
 from loraplex_server.app import create_app
 from loraplex_server.config import ServerConfig
@@ -58,6 +59,13 @@ def complete(client, prompt="the quick", **body) -> dict:
 
 def text(client, prompt="the quick", **body) -> str:
     return complete(client, prompt, **body)["choices"][0]["text"]
+
+
+def wait_until(true) -> None:
+    deadline = time.monotonic() + 15
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def events(lines) -> list[dict]:
@@ -132,6 +140,33 @@ def test_a_moved_alias_serves_the_new_version_and_a_running_stream_ends_on_the_o
     assert {chunk["adapter"] for chunk in chunks} == {"red:1"}
     assert not old.startswith(during["choices"][0]["text"])
     assert text(client, adapter="red@production") == during["choices"][0]["text"] == text(client, adapter="red:2")
+
+
+def test_a_version_is_fetched_when_it_is_pushed_before_any_alias_moves(
+    serve, registry, base_folder, adapter_folders, tmp_path
+):
+    """Also that only names in use here are asked about, and that series of one that is gone are dropped."""
+    registry.promote("red:1", "production")
+    client = serve()
+    text(client, adapter="red@production")
+    residency, served = client.app.state.service.engine.residency, client.app.state.service.registry
+    asked, versions = [], served.versions
+    served.versions = lambda name: asked.append(name) or versions(name)
+    wait_until(lambda: asked)  # it was seen as it is now
+    newer = make_adapter(tmp_path / "newer", base_folder, rank=4, seed=9)
+    pushed = registry.push("red", newer, base=base_folder)
+    registry.push("green", newer, base=base_folder)
+    wait_until(lambda: pushed.digest in residency.in_host)
+    assert set(asked) == {"red"}
+    assert len(residency.in_host) == 2
+    assert complete(client, adapter="red")["adapter"] == "red:1"
+
+    def vanished(name):
+        raise UnknownAdapter(name)
+
+    assert 'adapter="red"' in client.get("/metrics").text
+    served.versions = vanished
+    wait_until(lambda: 'lora_requests_total{adapter="red"' not in client.get("/metrics").text)
 
 
 def test_a_load_does_not_hold_up_the_tokens_of_others(serve, monkeypatch):

@@ -26,8 +26,10 @@ class AdapterSource(Protocol):
         ...
 
 
-def loader(source: AdapterSource, base: BaseDescription, max_rank: int) -> Callable[[str], HostAdapter]:
-    """A function from digest to host memory, by way of a temporary folder.
+def loader(
+    source: AdapterSource, base: BaseDescription, max_rank: int, pin: bool = False
+) -> Callable[[str], HostAdapter]:
+    """A function from digest to host memory, by way of a temporary folder; ``pin`` as in read_adapter.
 
     It raises what manifest, fetch and read raise, and AdapterRefused for a version of another base: two bases of one
     shape are told apart by the fingerprint of their weights.
@@ -41,6 +43,6 @@ def loader(source: AdapterSource, base: BaseDescription, max_rank: int) -> Calla
                 f"this server has base {base.id}, fingerprint {base.fingerprint}"
             )
         with tempfile.TemporaryDirectory(prefix="loraplex-") as folder:
-            return read_adapter(digest, source.fetch(digest, Path(folder) / "adapter"), base, max_rank)
+            return read_adapter(digest, source.fetch(digest, Path(folder) / "adapter"), base, max_rank, pin)
 
     return load

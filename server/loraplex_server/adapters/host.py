@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
@@ -28,8 +29,8 @@ class HostAdapter:
         return sum(t.nbytes for t in self.tensors.values())
 
 
-def read_adapter(key: str, folder: Path, base: BaseDescription, max_rank: int) -> HostAdapter:
-    """Read an adapter folder that fits ``base``.
+def read_adapter(key: str, folder: Path, base: BaseDescription, max_rank: int, pin: bool = False) -> HostAdapter:
+    """Read an adapter folder that fits ``base``; ``pin`` locks its pages, from where a CUDA device copies by itself.
 
     Raises:
         AdapterRefused: it is not a LoRA adapter this server can use whole on this base; the message says why.
@@ -41,4 +42,15 @@ def read_adapter(key: str, folder: Path, base: BaseDescription, max_rank: int) -
     config = LoraConfig.from_pretrained(str(folder))
     assert isinstance(config, LoraConfig)  # check_adapter refuses every other kind
     config.inference_mode = True
-    return HostAdapter(key, config, load_file(folder / "adapter_model.safetensors"))
+    mapped = load_file(folder / "adapter_model.safetensors")
+    return HostAdapter(key, config, {key: _in_memory(tensor, pin) for key, tensor in mapped.items()})
+
+
+def _in_memory(mapped: torch.Tensor, pin: bool) -> torch.Tensor:
+    """A copy of a tensor that is a view of its file: read here, on a background thread, not when it is first used.
+
+    By numpy, which lets other threads run and starts none of its own, as torch would beside the engine's.
+    """
+    held = torch.empty(mapped.shape, dtype=mapped.dtype, pin_memory=pin)
+    np.copyto(held.view(torch.uint8).numpy(), mapped.view(torch.uint8).numpy())
+    return held

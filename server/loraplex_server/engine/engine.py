@@ -122,7 +122,8 @@ class Engine:
         Raises:
             AdapterRefused: it cannot be used whole on this base.
         """
-        self.residency.put(read_adapter(name, Path(folder), self.base.description, self.config.max_rank))
+        pin = self.base.device.type == "cuda"
+        self.residency.put(read_adapter(name, Path(folder), self.base.description, self.config.max_rank, pin))
 
     def check(self, request: Request) -> None:
         """Whether a request can ever be served.
