@@ -22,7 +22,11 @@ from loraplex_registry.base import describe_base
 from loraplex_server.adapters.device import DeviceAdapters
 from loraplex_server.adapters.host import HostAdapter, read_adapter
 from loraplex_server.adapters.residency import Place, Residency, Unobserved
+from loraplex_server.engine.config import EngineConfig
+from loraplex_server.engine.engine import Engine
 from loraplex_server.engine.errors import AdapterRefused
+from loraplex_server.engine.model import load_base
+from loraplex_server.engine.request import Request, SamplingParams
 
 PER_ADAPTER = (*LoraLayer.adapter_layer_names, *LoraLayer.other_param_names, "lora_variant")
 KINDS = {
@@ -299,3 +303,24 @@ def test_an_adapter_in_host_memory_needs_its_file_no_more(tmp_path, base_folder,
     expected = load_file(adapter_folders["red"] / "adapter_model.safetensors")
     assert held.tensors.keys() == expected.keys()
     assert all(torch.equal(held.tensors[key], expected[key]) for key in expected)
+
+
+def test_who_runs_goes_on_while_another_s_adapter_is_put_on_the_device(base_folder, adapter_folders):
+    """With a share of nothing each step does one module, and green's tokens come between."""
+    base = load_base(str(base_folder), quantization="none", device="cpu", dtype="float32")
+    engine = Engine(base, EngineConfig(install_share=0))
+    for name in ("red", "green"):
+        engine.add_adapter(name, adapter_folders[name])
+    params = SamplingParams(max_tokens=90, temperature=0, logit_bias={0: -100})
+    green, red = (Request(name, base.tokenizer("the quick").input_ids, params, name) for name in ("green", "red"))
+    engine.add(green)
+    while not green.output_ids:
+        engine.step()
+    engine.add(red)
+    meanwhile = 0
+    while engine.has_work:
+        meanwhile += bool(engine.step()) and not red.output_ids
+    assert meanwhile > 14, "a step for each module that red changes, at least"
+    assert engine.generate(["the quick"], params, "red")[0].token_ids == red.output_ids
+    assert engine.generate(["the quick"], params, "green")[0].token_ids == green.output_ids
+    assert green.output_ids != red.output_ids

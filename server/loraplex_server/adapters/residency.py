@@ -27,8 +27,8 @@ class Place(Enum):
     """What a request that wants an adapter finds."""
 
     READY = auto()  # on the device
-    LOADING = auto()  # on its way to host memory, or from there to the device
-    NO_SLOT = auto()  # in host memory, but every device slot is kept, pinned, or waited for by who comes first
+    LOADING = auto()  # on its way to host memory or the device, or behind one that has arrived and is still to be used
+    NO_SLOT = auto()  # in host memory, but every device slot is kept, or pinned by running requests
 
 
 class Device(Protocol):
@@ -210,8 +210,8 @@ class Residency:
             return Place.LOADING
         if self._installing:
             return Place.LOADING
-        if not self._make_room():
-            return Place.NO_SLOT
+        if (room := self._make_room()) is not Place.READY:
+            return room
         self._device.begin(self._host[key])
         self._installing = key, time.perf_counter()
         return Place.LOADING
@@ -287,21 +287,24 @@ class Residency:
         coming = {self._installing[0]} if self._installing else set()
         return {*self._pins, *self._kept, *coming, *self._wanted()}
 
-    def _make_room(self) -> bool:
-        """Evict from the device until a slot is free: first what nobody waits for, never what is still to be used."""
+    def _make_room(self) -> Place:
+        """Evict from the device if no slot is free: first what nobody waits for, never what is still to be used.
+
+        Such a one is ready for a request further back in the queue, which must be let past to use it.
+        """
         if len(self._on_device) < self.device_slots:
-            return True
+            return Place.READY
         idle = [key for key in self._on_device if key not in self._pins and key not in self._kept]
         if not idle:
-            return False
+            return Place.NO_SLOT
         wanted = set(self._wanted())
         victim = next((key for key in idle if key not in wanted), None)
         victim = victim or next((key for key in idle if key not in self._unused), None)
         if victim is None:
-            return False
+            return Place.LOADING
         self._leave_device(victim)
         self._observer.evicted("device")
-        return True
+        return Place.READY
 
     def _trim_host(self) -> None:
         """Evict from host memory until it is within its bounds; what is on the device goes last, and from there too."""
