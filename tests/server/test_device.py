@@ -14,7 +14,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import make_adapter, make_base
 from transformers import AutoModelForCausalLM
 
@@ -114,6 +114,29 @@ def test_gpt2_s_transposed_layers_too(tmp_path):
         folder = make_adapter(tmp_path / name, base_folder, targets=targets)
         put(device, read(folder))
         same_as_peft(base_folder, device, folder)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_on_a_4_bit_base_too(tmp_path, base_folder, adapter_folders, stored):
+    """As PeftModel.from_pretrained has it: 32 bits over a base that computes in 16, whatever the file holds."""
+    ours, theirs = (load_base(str(base_folder), device="cpu", dtype="bfloat16").model for _ in range(2))
+    device = DeviceAdapters(ours, 2)
+    folder = shutil.copytree(adapter_folders["red"], tmp_path / "red")
+    file = folder / "adapter_model.safetensors"
+    save_file({key: tensor.to(stored) for key, tensor in load_file(file).items()}, file)
+    for name in ("green", "red"):
+        put(device, read(folder if name == "red" else adapter_folders[name]))
+    expected = PeftModel.from_pretrained(theirs, folder, adapter_name="ref")
+    name = device._held["red"].name
+    for path, layer in layers(expected.base_model.model).items():
+        held = dict(device.layers_of("red"))[path]
+        assert of_adapter(held, name) == of_adapter(layer, "ref")
+        for side in ("lora_A", "lora_B"):
+            weight = getattr(held, side)[name].weight
+            assert weight.dtype == torch.float32
+            assert torch.equal(weight, getattr(layer, side)["ref"].weight)
+    device.activate("red")
+    assert torch.equal(logits(device.model), logits(expected))
 
 
 def test_an_install_in_pieces_is_not_seen_before_it_is_whole(base_folder, adapter_folders):

@@ -200,7 +200,8 @@ class DeviceAdapters:
             raise AdapterRefused(f"the file has no tensor {key!r}, which peft has a place for")
         if tensor.shape != made.shape:
             raise AdapterRefused(f"tensor {key!r} has shape {tuple(tensor.shape)}, expected {tuple(made.shape)}")
-        return nn.Parameter(tensor.to(self.model.device, self._dtype, non_blocking=True), requires_grad=False)
+        held = tensor.to(self.model.device, non_blocking=True).to(self._dtype)  # cast there, not on the engine's thread
+        return nn.Parameter(held, requires_grad=False)
 
     def _take_out(self, held: _Held) -> None:
         """What peft's delete_adapter does, over the layers that hold the adapter. Layers stay wrapped, as in peft."""
