@@ -1,22 +1,23 @@
 """Runs a batch through the model and returns the logits that are sampled from. Knows no adapters and no scheduling.
 
 PagedRunner puts the rows of a step side by side in one forward. PlainRunner is the slow reference, one row after
-another through transformers' own cache: it serves every causal language model, and the other is tested against it.
+another through transformers' own cache: it serves every model whose cache it has seen to work, and the other is tested
+against it.
 """
 
 from typing import Any, Protocol
 
 import torch
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionCacheLayerMixin
 from transformers.modeling_utils import PreTrainedModel
 
 from loraplex_server.engine.attention import NAME, KVTensors, PagedStep, RowSlots
-from loraplex_server.engine.batch import Batch
+from loraplex_server.engine.batch import Batch, Row
+from loraplex_server.engine.bloom import page_bloom
+from loraplex_server.engine.errors import BaseUnusable
+from loraplex_server.engine.families import pattern_of, rope_turns_at
 from loraplex_server.engine.kv_cache import KVPages
 from loraplex_server.engine.request import Request
-
-# Families whose attention is plain causal attention through AttentionInterface, each tested against PlainRunner.
-PAGED_FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 
 
 class Runner(Protocol):
@@ -34,16 +35,17 @@ class Runner(Protocol):
 
 
 def make_runner(model: PreTrainedModel, pages: KVPages, paged: bool | None = None) -> Runner:
-    """The fastest runner that is right for this model; ``paged`` False asks for the slow reference."""
-    return PagedRunner(model, pages) if paged is not False and can_page(model) else PlainRunner()
+    """The fastest runner that is right for this model; ``paged`` False asks for the slow reference.
+
+    Raises:
+        BaseUnusable: the model does not go on from its own cache.
+    """
+    return PagedRunner(model, pages) if paged is not False and can_page(model) else PlainRunner(model)
 
 
 def can_page(model: PreTrainedModel) -> bool:
-    """Whether the family's attention is known to be what paged attention computes."""
-    config = model.config
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    windowed = config.model_type == "mistral" and config.sliding_window is not None
-    return config.model_type in PAGED_FAMILIES and kinds == {"full_attention"} and not windowed
+    """Whether the model's attention is known to be what paged attention computes."""
+    return pattern_of(model.config) is not None
 
 
 class PagedRunner:
@@ -52,10 +54,18 @@ class PagedRunner:
     mixed = True
 
     def __init__(self, model: PreTrainedModel, pages: KVPages) -> None:
+        pattern = pattern_of(model.config)
+        assert pattern is not None  # see can_page
+        self._pattern = pattern
         self._pages = pages
         self._device = model.device
+        self._step: PagedStep | None = None
         self._kv = KVTensors(model.config, pages.pages * pages.page_tokens, model.dtype, model.device)
-        model.set_attn_implementation(NAME)
+        if model.config.model_type == "bloom":
+            page_bloom(model, self._current_step)
+        else:
+            model.set_attn_implementation(NAME)
+        assert model.config._attn_implementation == NAME
 
     def forward(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         """See Runner."""
@@ -72,17 +82,21 @@ class PagedRunner:
             written += context[row.start :]
             if row.samples:
                 sampled.append(len(ids) - 1)
-        step = PagedStep(self._kv, self._tensor(written), tuple(rows))
+        self._step = PagedStep(self._kv, self._tensor(written), rows, self._pattern)
         return model(
             input_ids=self._tensor(ids)[None],
             position_ids=self._tensor(positions)[None],
             use_cache=False,
             logits_to_keep=self._tensor(sampled),
-            paged=step,
+            paged=self._step,
         ).logits[0]
 
     def forget(self, request: Request) -> None:
         """See Runner; the pages are freed by their owner."""
+
+    def _current_step(self) -> PagedStep:
+        assert self._step is not None
+        return self._step
 
     def _tensor(self, values: list[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.long, device=self._device)
@@ -93,20 +107,74 @@ class PlainRunner:
 
     mixed = False
 
-    def __init__(self) -> None:
-        self._caches: dict[str, Cache] = {}
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._caches: dict[str, tuple[Cache, int]] = {}  # with the tokens that are in it
+        self._turn = rope_turns_at(model.config)
+        _check_cache(model)
 
     def forward(self, model: Any, batch: Batch) -> torch.Tensor:
         """See Runner."""
         logits = []
         for row in batch.rows:
-            ids = torch.tensor([row.request.token_ids[row.start : row.stop]], device=model.device)
-            out = model(input_ids=ids, past_key_values=self._caches.get(row.request.id), use_cache=True)
-            self._caches[row.request.id] = out.past_key_values
+            cache, start = self._cache_for(row)
+            ids = row.request.token_ids[start : row.stop]
+            out, cache = _extend(model, ids, cache)
+            self._caches[row.request.id] = cache, row.stop
             if row.samples:
-                logits.append(out.logits[0, -1])
+                logits.append(out[-1])
         return torch.stack(logits) if logits else torch.empty(0, model.config.vocab_size)
 
     def forget(self, request: Request) -> None:
         """See Runner."""
         self._caches.pop(request.id, None)
+
+    def _cache_for(self, row: Row) -> tuple[Cache | None, int]:
+        """The cache to go on from and how many tokens it holds; none for a row that starts, or starts again."""
+        if row.start == 0 or (self._turn is not None and row.start <= self._turn < row.stop):
+            return None, 0
+        cache, held = self._caches[row.request.id]
+        assert held == row.start
+        return cache, held
+
+
+def _extend(model: Any, ids: list[int], cache: Cache | None) -> tuple[torch.Tensor, Cache]:
+    """Logits of some more tokens of a sequence, (tokens, vocabulary), and the cache with them."""
+    pieces = [ids]
+    if cache is not None and not all(map(_is_attention, cache.layers)):
+        pieces = [[token_id] for token_id in ids]  # a recurrent state is only sure to go on by one, as in generate
+    logits = []
+    for piece in pieces:
+        out = model(input_ids=torch.tensor([piece], device=model.device), past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        if cache is None:
+            raise BaseUnusable("the model keeps no keys and values")
+        logits.append(out.logits[0])
+    assert cache is not None  # ids are never empty
+    return torch.cat(logits), cache
+
+
+def _is_attention(layer: object) -> bool:
+    """Whether a layer keeps keys and values, and nothing else."""
+    return isinstance(layer, DynamicLayer) and not isinstance(layer, LinearAttentionCacheLayerMixin)
+
+
+@torch.no_grad()
+def _check_cache(model: PreTrainedModel) -> None:
+    """Whether a sequence given in parts is as good as given whole: not every family's cache takes it in parts.
+
+    Raises:
+        BaseUnusable: it is not, or there is no cache.
+    """
+    name, vocabulary = model.config.model_type, model.config.vocab_size
+    ids = [vocabulary * i // 9 for i in range(1, 9)]
+    try:
+        whole, _ = _extend(model, ids, None)
+        first, cache = _extend(model, ids[:4], None)
+        parts = torch.cat((first, _extend(model, ids[4:6], cache)[0], _extend(model, ids[6:], cache)[0]))
+        forgetful, _ = _extend(model, ids[4:], None)
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise BaseUnusable(f"models of type {name!r} cannot be served: {error}") from error
+    # Kernels may round differently by the number of tokens; a lost past is another matter.
+    lost = (parts - whole)[4:].abs().mean()
+    if not lost <= 0.5 * (forgetful - whole[4:]).abs().mean():  # NaN too
+        raise BaseUnusable(f"models of type {name!r} cannot be served: given in parts, a sequence loses its past")
