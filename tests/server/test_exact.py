@@ -1,18 +1,21 @@
 """The oracle: the engine gives what peft gives for one request alone, `set_adapter` then plain greedy `generate`."""
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, make_adapter, make_base
 from transformers import AutoModelForCausalLM
 
 from loraplex_server.engine.config import EngineConfig
 from loraplex_server.engine.engine import Engine
-from loraplex_server.engine.errors import BaseUnusable
+from loraplex_server.engine.errors import AdapterRefused, BaseUnusable
 from loraplex_server.engine.model import load_base
 from loraplex_server.engine.request import Request, SamplingParams
 from loraplex_server.engine.runner import can_page
@@ -24,8 +27,8 @@ GREEDY = SamplingParams(max_tokens=20, temperature=0)
 class PeftAlone:
     """The reference: one request at a time, on a model of its own."""
 
-    def __init__(self, base_folder, adapters) -> None:
-        model = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
+    def __init__(self, base_folder, adapters, model=None) -> None:
+        model = model or AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
         for name, folder in adapters.items():
             if isinstance(model, PeftModel):
                 model.load_adapter(folder, name)
@@ -228,6 +231,138 @@ def test_requests_that_arrive_while_others_run(base_folder, adapter_folders, alo
         assert request.output_ids == alone.answer(request.prompt_ids, request.adapter)
 
 
+@dataclass(frozen=True)
+class Kind:
+    """A kind of LoRA: what makes it on which base, and why it is refused, if it is."""
+
+    lora: dict[str, Any]
+    refused: str = ""  # a pattern; empty: it is served
+    base: str = "llama"
+    options: dict[str, Any] = field(default_factory=dict)  # of the base
+
+
+QV = ["q_proj", "v_proj"]
+TIED = {"tie_word_embeddings": True}
+# A kind that comes to be served loses its reason here, and nothing else.
+KINDS = {
+    "rank 1": Kind({"rank": 1}),
+    "rank 256": Kind({"rank": 256}),
+    "rank 257": Kind({"rank": 257}, "rank r is 257, expected a whole number from 1 to 256"),
+    "rsLoRA": Kind({"rank": 16, "use_rslora": True}),
+    "rsLoRA on Conv1D": Kind({"targets": ["attn.c_proj", "c_fc"], "use_rslora": True}, base="gpt2"),
+    "alpha_pattern": Kind({"targets": ["q_proj", "down_proj"], "alpha_pattern": {"down_proj": 64}}),
+    "alpha_pattern on fused layers": Kind(
+        {"targets": ["qkv_proj", "gate_up_proj"], "alpha_pattern": {"qkv_proj": 32}}, base="phi3"
+    ),
+    "rank_pattern": Kind({"targets": ["q_proj", "down_proj"], "rank_pattern": {r"layers\.1\.mlp\.down_proj": 7}}),
+    "rank_pattern on Conv1D": Kind({"targets": ["c_attn", "c_fc"], "rank_pattern": {"c_fc": 7}}, base="gpt2"),
+    "targets by pattern": Kind({"targets": r".*\.layers\.0\..*(up|down)_proj"}),
+    "layers_to_transform": Kind({"targets": QV, "layers_to_transform": [1]}),
+    "layers_pattern": Kind({"targets": QV, "layers_to_transform": 0, "layers_pattern": "layers"}),
+    "exclude_modules": Kind({"targets": ["q_proj", "up_proj"], "exclude_modules": ["layers.0.self_attn.q_proj"]}),
+    "lm_head": Kind({"targets": ["lm_head"]}),
+    "tied lm_head": Kind({"targets": ["lm_head", "q_proj"]}, "shares the embedding's weight", options=TIED),
+    "projections around the layers": Kind({"targets": ["project_in", "project_out"]}, base="opt"),
+    "a shared expert and its gate": Kind(
+        {"targets": ["shared_expert.up_proj", "shared_expert_gate"]}, base="qwen2_moe"
+    ),
+    "embedding": Kind({"targets": ["embed_tokens", "q_proj"]}, "embed_tokens.lora_embedding_A: expected"),
+    "tied embedding": Kind({"targets": ["embed_tokens"]}, "embed_tokens.lora_embedding_A: expected", options=TIED),
+    "learned positions": Kind({"targets": ["wpe"]}, "wpe.lora_embedding_A: expected", base="gpt2"),
+    "bias of LoRA layers": Kind({"targets": ["c_attn"], "bias": "lora_only"}, "bias is 'lora_only'", base="gpt2"),
+    "all biases": Kind({"targets": ["c_attn"], "bias": "all"}, "bias is 'all'", base="gpt2"),
+    "lora_bias": Kind({"targets": ["c_attn"], "lora_bias": True}, "LoRA biases are not served", base="gpt2"),
+    "modules_to_save": Kind({"targets": QV, "modules_to_save": ["lm_head"]}, "whole modules saved beside"),
+    "a norm to save": Kind({"targets": QV, "modules_to_save": ["norm"]}, "whole modules saved beside"),
+    "DoRA": Kind({"targets": QV, "use_dora": True}, "DoRA adapters are not served"),
+    "tokens": Kind({"targets": QV, "trainable_token_indices": [5, 6]}, "trained token embeddings are not served"),
+    "replicated layers": Kind(
+        {"targets": QV, "layer_replication": [[0, 2], [1, 2]]}, "replicated layers are not served"
+    ),
+    "experts": Kind(
+        {"targets": ATTENTION, "target_parameters": ["mlp.experts.down_proj"]},
+        "LoRA on bare parameters is not served",
+        base="qwen3_moe",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """Bases by family and options, each made once."""
+    made: dict[str, Path] = {}
+
+    def base(family: str, options: dict[str, Any]) -> Path:
+        key = f"{family}{options}"
+        made[key] = made.get(key) or make_base(tmp_path_factory.mktemp("base"), family, **options)
+        return made[key]
+
+    return base
+
+
+@pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings=True")  # peft's advice to who makes such adapters
+@pytest.mark.filterwarnings("ignore:Adapter 'default'. 2 LoRA tensor.s. have invalid shape")  # it means the LoRA biases
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_every_kind_of_lora_is_right_or_refused(tmp_path, bases, kind):
+    """Beside the base and an ordinary adapter in one batch; each is held to peft with that adapter alone."""
+    base = bases(kind.base, kind.options)
+    folders = {
+        "it": make_adapter(tmp_path / "it", base, **kind.lora),
+        "other": make_adapter(tmp_path / "other", base, targets=TARGETS.get(kind.base, "all-linear"), seed=9),
+    }
+    engine = engine_for(base, {"other": folders["other"]}, max_rank=256)
+    names = [None, "other"]
+    if kind.refused:
+        with pytest.raises(AdapterRefused, match=kind.refused):
+            engine.add_adapter("it", folders["it"])
+    else:
+        engine.add_adapter("it", folders["it"])
+        names.append("it")
+    prompts, adapters = [p for p in PROMPTS[:2] for _ in names], names * 2
+    answers = [answer.token_ids for answer in engine.generate(prompts, GREEDY, adapters)]
+    alone = {name: PeftAlone(base, {name: folders[name]}) for name in names if name}
+    alone[None] = alone["other"]
+    for prompt, adapter, answer in zip(prompts, adapters, answers, strict=True):
+        assert answer == alone[adapter].answer(engine.base.tokenizer(prompt).input_ids, adapter), adapter
+    assert len(set(map(tuple, answers))) == len(answers), "all must answer differently, or this test proves nothing"
+
+
+def test_an_adapter_of_single_experts_is_refused_whole(tmp_path, bases):
+    """As made when every expert was a module of its own; in the model they are one tensor, which LoRA cannot wrap."""
+    base = bases("mixtral", {})
+    folder = make_adapter(tmp_path / "it", base, targets=["q_proj"])
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "target_modules": ["q_proj", "w1"]}))
+    tensors = load_file(folder / "adapter_model.safetensors")
+    for expert in (f"layers.{layer}.block_sparse_moe.experts.{number}" for layer in range(2) for number in range(4)):
+        tensors[f"base_model.model.model.{expert}.w1.lora_A.weight"] = torch.ones(4, 64)
+        tensors[f"base_model.model.model.{expert}.w1.lora_B.weight"] = torch.ones(128, 4)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    engine = engine_for(base, {})
+    before = engine.generate(PROMPTS, GREEDY)
+    with pytest.raises(AdapterRefused, match=r"experts\.0\.w1"):
+        engine.add_adapter("it", folder)
+        engine.generate(PROMPTS, GREEDY, "it")
+    assert engine.generate(PROMPTS, GREEDY) == before
+
+
+@pytest.mark.parametrize("slots", [2, 4])
+def test_ranks_from_1_to_256_share_a_batch(tmp_path, base_folder, slots):
+    folders = {
+        "1": make_adapter(tmp_path / "1", base_folder, rank=1, seed=1, lora_alpha=16),
+        "7": make_adapter(tmp_path / "7", base_folder, rank=7, seed=2, targets=["q_proj", "gate_proj", "lm_head"]),
+        "64": make_adapter(
+            tmp_path / "64", base_folder, rank=64, seed=3, targets=["o_proj", "up_proj"], use_rslora=True
+        ),
+        "256": make_adapter(tmp_path / "256", base_folder, rank=256, seed=4, targets=r".*\.1\..*_proj"),
+    }
+    engine = engine_for(base_folder, folders, max_rank=256, max_loras=slots)
+    prompts, adapters = [p for p in PROMPTS for _ in range(5)], [None, *folders] * 4
+    answers = [answer.token_ids for answer in engine.generate(prompts, GREEDY, adapters)]
+    assert answers == PeftAlone(base_folder, folders).answers(prompts, adapters, engine.base.tokenizer)
+    assert len({tuple(map(tuple, answers[i::5])) for i in range(5)}) == 5
+
+
 def test_nf4_rows_in_a_batch_equal_each_alone(base_folder, adapter_folders):
     """In 4 bits the numbers depend on the kernel, so the reference is the engine itself, one request at a time; and
     lean, since otherwise the kernel depends on how many rows share a step."""
@@ -240,6 +375,43 @@ def test_nf4_rows_in_a_batch_equal_each_alone(base_folder, adapter_folders):
     alone = [engine.generate([PROMPTS[0]], GREEDY, adapter)[0] for adapter in adapters]
     assert [a.token_ids for a in together] == [a.token_ids for a in alone]
     assert len({tuple(a.token_ids) for a in together}) == 4
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 0.02), ("bfloat16", 0.05)])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "bloom"])
+def test_nf4_logits_of_a_mixed_step_are_those_of_peft(tmp_path, name, dtype, tolerance):
+    """Adapters as peft draws them: stronger ones turn a rounding into another answer, in peft as here.
+
+    The tolerance is the share of the largest logit that 8 bits of mantissa come to over 2 layers; the fused 4-bit
+    kernel computes in bfloat16 whatever the model does. gpt2's Conv1D layers are quantized as linear ones.
+    """
+    base_folder = make_base(tmp_path / "base", name)
+    folders = {
+        key: make_adapter(tmp_path / key, base_folder, seed=seed, strength=1, lora_alpha=16)
+        for seed, key in enumerate(["one", "two"], 1)
+    }
+    load = {"quantization": "nf4", "device": "cpu", "dtype": dtype}
+    engine = Engine(load_base(str(base_folder), **load))
+    for key, folder in folders.items():
+        engine.add_adapter(key, folder)
+    engine.generate(
+        PROMPTS[:2], SamplingParams(max_tokens=1, temperature=0), list(folders)
+    )  # both are on the device now
+    seen = watch_logits(engine)
+    for i, (prompt, key) in enumerate([(prompt, key) for prompt in PROMPTS for key in (None, *folders)]):
+        ids = engine.base.tokenizer(prompt).input_ids
+        engine.add(Request(f"{i}", ids, SamplingParams(max_tokens=1, temperature=0), key))
+    engine.step()
+    assert len(seen) == 12
+    alone = PeftAlone(base_folder, folders, load_base(str(base_folder), **load).model)
+    others: dict[tuple[int, ...], list[torch.Tensor]] = {}
+    for ids, adapter, logits in seen:
+        expected = alone.logits(ids, adapter)
+        atol = tolerance * float(expected.abs().max())
+        torch.testing.assert_close(logits.float(), expected.float(), rtol=0, atol=atol)
+        of_prompt = others.setdefault(tuple(ids), [])
+        assert all(float((logits - other).abs().max()) > 2 * atol for other in of_prompt), "nothing is proved"
+        of_prompt.append(logits)
 
 
 def test_a_seed_gives_the_same_sample_in_any_company(base_folder, adapter_folders):
