@@ -386,3 +386,26 @@ def test_each_request_that_waits_for_a_failed_load_gets_an_error_of_its_own(benc
         assert vars(caught.value) == vars(error)
     assert seen[0] is not seen[1]
     assert all(one.__cause__ is error for one in seen)
+
+
+def test_another_under_the_same_key_takes_the_place_of_the_first_wherever_it_is(bench):
+    """It once stayed on the device, and answered for the new one."""
+    b = bench()
+    for there in (False, True):
+        b.bring("a")
+        if not there:
+            b.residency.put(Adapter("a"))
+            assert b.residency.want("a") is Place.LOADING, "half of the second is on the device"
+        b.residency.put(Adapter("a"))
+        assert b.device.held == []
+        assert b.residency.on_device == ()
+        assert b.bring("a") is Place.READY
+        assert b.device.held == ["a"]
+
+
+def test_a_failure_is_forgotten_when_another_is_handed_over(bench):
+    b = bench()
+    with pytest.raises(LookupError):
+        b.bring("missing")
+    b.residency.put(Adapter("missing"))
+    assert b.bring("missing") is Place.READY

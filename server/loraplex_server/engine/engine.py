@@ -31,6 +31,8 @@ from loraplex_server.engine.sampler import Sampler
 from loraplex_server.engine.scheduler import Scheduler
 from loraplex_server.kernels.native import native
 
+_REMEMBERED = 4  # times what the most rows can use: so much a prefix cache may hold
+
 
 @dataclass(frozen=True)
 class Delta:
@@ -84,6 +86,7 @@ class Engine:
         self.pages = _make_pages(base, config, self.max_tokens)
         choose_kernels(base.model, config.kernels, config.lean)
         self._runner = make_runner(base.model, self.pages, config.paged)
+        self.pages.share = config.prefix_cache and self._runner.paged
         self.scheduler = Scheduler(
             self.pages, config.max_rows, config.step_tokens, config.max_waiting, self._runner.mixed
         )
@@ -117,22 +120,29 @@ class Engine:
         return bool(self.scheduler.running or self.scheduler.waiting)
 
     def add_adapter(self, name: str, folder: str | Path) -> None:
-        """Read an adapter folder and serve it under ``name``.
+        """Read an adapter folder and serve it under ``name``, in place of what had that name.
 
         Raises:
-            AdapterRefused: it cannot be used whole on this base.
+            AdapterRefused: it cannot be used whole on this base, or requests for that name have not ended.
         """
         pin = self.base.device.type == "cuda"
-        self.residency.put(read_adapter(name, Path(folder), self.base.description, self.config.max_rank, pin))
+        adapter = read_adapter(name, Path(folder), self.base.description, self.config.max_rank, pin)
+        if users := sum(r.adapter == name for r in (*self.scheduler.running, *self.scheduler.waiting)):
+            raise AdapterRefused(f"adapter {name!r} is used by {users} requests, expected none while it is replaced")
+        self.residency.put(adapter)
+        self.pages.forget_adapter(name)
 
     def check(self, request: Request) -> None:
         """Whether a request can ever be served.
 
         Raises:
-            InvalidRequest: an empty prompt, a token that is not in the vocabulary, or more tokens than fit.
+            InvalidRequest: an empty prompt, a token that is not in the vocabulary, more tokens than fit, or a weight
+                that is no positive number.
         """
         vocabulary = self.base.model.config.vocab_size
         wanted, prompt = request.most_tokens, len(request.prompt_ids)
+        if not 0 < request.weight < inf:
+            raise InvalidRequest(f"weight is {request.weight!r}, expected a number above 0", "weight")
         if not prompt:
             raise InvalidRequest("prompt is empty, expected at least one token", "prompt")
         params = request.params
@@ -170,7 +180,7 @@ class Engine:
     def step(self) -> list[Delta]:
         """Compute some tokens of some requests; a request whose adapter or forward failed ends with its error."""
         failed: list[Delta] = []
-        batch = self.scheduler.schedule(lambda request: self._place(request, failed), self._pin)
+        batch = self.scheduler.schedule(lambda request: self._place(request, failed), self._pin, self._release)
         self.residency.install(self._forward_seconds * self.config.install_share if batch else inf)
         if batch is None:
             return failed
@@ -221,6 +231,12 @@ class Engine:
         if request.adapter is not None:
             self.residency.pin(request.adapter)
 
+    def _release(self, request: Request) -> None:
+        """A request was preempted: its adapter may go; its generator stays, and its text so far."""
+        if request.adapter is not None:
+            self.residency.unpin(request.adapter)
+        self._runner.forget(request)
+
     @torch.no_grad()
     def _forward_and_sample(self, batch: Batch) -> list[int]:
         now = monotonic()
@@ -235,6 +251,7 @@ class Engine:
         sampling = [row.request for row in batch.rows if row.samples]
         for row in batch.rows:
             row.request.computed_tokens = row.stop
+            self.pages.publish(row.request, row.start, row.stop)
         return [self._extend(request, token_id) for request, token_id in zip(sampling, token_ids, strict=True)]
 
     def _extend(self, request: Request, token_id: int) -> Delta:
@@ -265,7 +282,7 @@ class Engine:
 
 
 def _make_pages(base: Base, config: EngineConfig, max_tokens: int) -> KVPages:
-    """As many pages as the byte budget holds, and no more than the most rows can ever use."""
+    """As many pages as the byte budget holds, and no more than are of use: to the rows, and to who comes back."""
     page_bytes = config.page_tokens * KVTensors.bytes_per_token(base.model.config, base.dtype)
-    useful = config.max_rows * -(-max_tokens // config.page_tokens)
+    useful = config.max_rows * -(-max_tokens // config.page_tokens) * (_REMEMBERED if config.prefix_cache else 1)
     return KVPages(max(1, min(config.kv_cache_bytes // page_bytes, useful)), config.page_tokens)

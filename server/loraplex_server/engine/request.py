@@ -41,6 +41,7 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=lambda: MappingProxyType({}))
+    prompt_logprobs: int | None = None  # score the prompt too: this many alternatives per token
 
     def __post_init__(self) -> None:
         _within("max_tokens", self.max_tokens, 1, 1_000_000)
@@ -80,6 +81,11 @@ class Request:
     finish_reason: FinishReason | None = None
     error: Exception | None = None  # set with FinishReason.ERROR
     started_at: float | None = None  # when its first token was scheduled
+    weight: float = 1.0  # its adapter's share of the service, beside the others' 1
+    order: int = 0  # of arrival, given by the scheduler
+    preemptions: int = 0  # times it lost its pages and began anew
+    looked_up_tokens: int = 0  # tokens of the prompt that were looked for in the prefix cache
+    cached_tokens: int = 0  # of these, how many were found and not computed again
 
     @property
     def token_ids(self) -> list[int]:
@@ -93,12 +99,12 @@ class Request:
 
     @property
     def most_tokens(self) -> int:
-        """How many tokens it can grow to: what admission reserves."""
+        """How many tokens it can grow to."""
         return len(self.prompt_ids) + self.params.max_tokens
 
     @property
     def pending_tokens(self) -> int:
-        """Tokens not yet in the cache: the whole prompt at first, then the one just sampled."""
+        """Tokens not yet in the cache: the prompt at first, then the one just sampled; after a preemption, both."""
         return self.total_tokens - self.computed_tokens
 
     @property

@@ -24,13 +24,14 @@ class Runner(Protocol):
     """What the engine asks of a way to run the model."""
 
     mixed: bool  # whether one forward may hold rows of many adapters
+    paged: bool  # whether keys and values lie in KVPages, where requests can share them
 
     def forward(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         """Logits of the last token of each row that samples: (sampling rows, vocabulary)."""
         ...
 
     def forget(self, request: Request) -> None:
-        """Drop what is kept for a request that ended."""
+        """Drop what is kept for a request that ended or was preempted."""
         ...
 
 
@@ -52,6 +53,7 @@ class PagedRunner:
     """All rows of a step in one forward, over paged keys and values."""
 
     mixed = True
+    paged = True
 
     def __init__(self, model: PreTrainedModel, pages: KVPages) -> None:
         pattern = pattern_of(model.config)
@@ -106,6 +108,7 @@ class PlainRunner:
     """One row after another, each with transformers' own cache."""
 
     mixed = False
+    paged = False
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._caches: dict[str, tuple[Cache, int]] = {}  # with the tokens that are in it

@@ -1,15 +1,17 @@
-"""Who runs in the next step: admission, the turn of each adapter, and how long a prompt chunk is. No torch.
+"""Who runs in the next step: admission, preemption, turns, and how long a prompt chunk is. No torch.
 
-Where the model can run many adapters in one step, all that run take part. Where it cannot, adapters take turns, the one
-that has waited longest first, so that a busy adapter cannot starve another.
+The next row goes to the adapter that has been served least. Where the model can run many adapters in one step, all that
+run take part; where it cannot, adapters take turns, the one that has waited longest first.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
+from itertools import count
 
 from loraplex_server.adapters.residency import Place
 from loraplex_server.engine.batch import Batch, Row
 from loraplex_server.engine.errors import Overloaded
+from loraplex_server.engine.fairness import Service
 from loraplex_server.engine.kv_cache import KVPages
 from loraplex_server.engine.request import Request
 
@@ -28,7 +30,9 @@ class Scheduler:
         self.max_waiting = max_waiting
         self.mixed = mixed
         self.waiting: deque[Request] = deque()
-        self.running: list[Request] = []
+        self.running: list[Request] = []  # in the order of admission
+        self.service = Service()
+        self._arrivals = count()
         self._turns: dict[str | None, int] = {}  # the step at which an adapter last ran
         self._step = 0
 
@@ -40,22 +44,35 @@ class Scheduler:
         """
         if len(self.waiting) >= self.max_waiting:
             raise Overloaded(f"{len(self.waiting)} requests are waiting already, which is the limit; try again later")
+        self.service.arrived(request.adapter, {r.adapter for r in (*self.waiting, *self.running)})
+        request.order = next(self._arrivals)
         self.waiting.append(request)
 
-    def schedule(self, place: Callable[[Request], Place], pin: Callable[[Request], None]) -> Batch | None:
-        """Admit what fits and choose the rows of one step.
+    def schedule(
+        self,
+        place: Callable[[Request], Place],
+        pin: Callable[[Request], None],
+        release: Callable[[Request], None],
+    ) -> Batch | None:
+        """Find room for what runs, admit what fits, and choose the rows of one step.
 
-        ``place`` says where a request's adapter is; a request whose adapter is still loading is passed by and keeps its
-        turn. ``pin`` is called as a request is admitted, before the next one is looked at.
+        ``place`` says where a request's adapter is. ``pin`` is called as a request is admitted, before the next one is
+        looked at; ``release`` as it is preempted: it waits again, and will be computed from its first token.
         """
+        for request in sorted(self.running, key=lambda r: r.order):
+            self._grow(request, release)
         self._admit(place, pin)
         if not self.running:
             return None
         budget, rows = self.step_tokens, []
-        for request in sorted(self._whose_turn(), key=lambda r: r.pending_tokens > 1):  # prompts take what is left
+        # Prompts take what the others leave, those of the adapter that has had least first.
+        for request in sorted(self._whose_turn(), key=lambda r: (r.pending_tokens > 1, self.service.of(r.adapter))):
             if budget > 0:
                 rows.append(Row.of(request, min(request.pending_tokens, budget)))
                 budget -= rows[-1].tokens
+        for row in rows:
+            if row.samples:
+                self.service.output(row.request)
         return Batch.of(rows)
 
     def remove(self, request: Request) -> bool:
@@ -63,12 +80,12 @@ class Scheduler:
         self.pages.free(request)
         if request in self.waiting:
             self.waiting.remove(request)
-        if request not in self.running:
-            return False
-        self.running.remove(request)
-        if not any(r.adapter == request.adapter for r in self.running):
-            self._turns.pop(request.adapter, None)
-        return True
+        ran = request in self.running
+        if ran:
+            self._stop(request)
+        if not self.waiting and not self.running:
+            self.service.reset()
+        return ran
 
     def _whose_turn(self) -> list[Request]:
         if self.mixed:
@@ -78,17 +95,63 @@ class Scheduler:
         self._turns[adapter] = self._step
         return [request for request in self.running if request.adapter == adapter]
 
+    def _grow(self, request: Request, release: Callable[[Request], None]) -> None:
+        """Give a running request the page it needs, if need be another's, or let it wait itself.
+
+        The oldest is never the victim: so it ends, and then the next oldest, and nobody is preempted for ever.
+        """
+        while request in self.running and not self.pages.grow(request):
+            oldest = min(self.running, key=lambda r: r.order)
+            others = (r for r in self.running if r is not oldest)
+            victim = max(others, key=lambda r: (self.service.of(r.adapter), r.order))
+            self._stop(victim)
+            self.pages.free(victim)
+            victim.computed_tokens = 0
+            victim.preemptions += 1
+            self.waiting.appendleft(victim)
+            release(victim)
+
+    def _stop(self, request: Request) -> None:
+        self.running.remove(request)
+        if not any(r.adapter == request.adapter for r in self.running):
+            self._turns.pop(request.adapter, None)
+
     def _admit(self, place: Callable[[Request], Place], pin: Callable[[Request], None]) -> None:
-        for request in list(self.waiting):
-            if len(self.running) >= self.max_rows:
-                return
+        """Fill the free rows, the adapter served least first; what it lacks is not given to those behind it.
+
+        An adapter that lacks a device slot makes another hold still, the one whose last admission is longest ago: it
+        gets no more rows until its last one ended and the slot is free. Who got its slot just now may fill rows that
+        nobody else can use: with more adapters than slots they work in turns, each with many rows.
+        """
+        last_row = {r.adapter: at for at, r in enumerate(self.running) if r.adapter is not None}
+        slots = sorted(last_row, key=last_row.__getitem__)
+        passed: set[str | None] = set()
+        while len(self.running) < self.max_rows and (request := self._next(passed)):
             match place(request):
-                case Place.READY if self.pages.can_allocate(request):
+                case _ if request.finished:  # its adapter failed, and so did it
+                    continue
+                case Place.READY:
+                    if not self.pages.admit(request, spare=len(self.running)):  # a page for each to grow
+                        return
                     self.waiting.remove(request)
-                    self.pages.allocate(request)
                     pin(request)
                     self.running.append(request)
+                    if not request.preemptions:
+                        self.service.prompt(request)
                 case Place.LOADING:
-                    continue
-                case _:  # first come, first served: nothing behind it may take the pages or the slot it waits for
-                    return
+                    passed.add(request.adapter)
+                case Place.NO_SLOT:
+                    passed.add(request.adapter)
+                    if slots:
+                        passed.add(slots.pop(0))
+        if len(self.running) >= self.max_rows and (request := self._next(passed)):
+            place(request)  # who gets the next row: its adapter comes while it waits
+
+    def _next(self, passed: set[str | None]) -> Request | None:
+        """The first request of the adapter that has been served least; of equals, of the one with fewest rows."""
+        first: dict[str | None, Request] = {}
+        for request in self.waiting:
+            if request.adapter not in passed:
+                first.setdefault(request.adapter, request)
+        rows = Counter(request.adapter for request in self.running)
+        return min(first.values(), key=lambda r: (self.service.of(r.adapter), rows[r.adapter]), default=None)
