@@ -11,7 +11,7 @@ import click
 import uvicorn
 from starlette.applications import Starlette
 
-from loraplex_server.config import ServerConfig, read_api_keys
+from loraplex_server.config import ServerConfig, read_adapter_weights, read_api_keys
 from loraplex_server.engine.config import EngineConfig
 
 _ENGINE = EngineConfig()
@@ -43,6 +43,8 @@ def _option(name: str, default: Any = None, **more: Any) -> Any:
 @_option("--max-rows", _ENGINE.max_rows, type=click.IntRange(1), help="Requests that run at once.")
 @_option("--max-queue", _ENGINE.max_waiting, type=click.IntRange(1), help="Requests that wait; one more gets 429.")
 @_option("--kv-cache-bytes", _ENGINE.kv_cache_bytes, type=click.IntRange(1), help="Memory for keys and values.")
+@_option("--no-prefix-cache", is_flag=True, help="Compute every prompt whole, even where one began alike before.")
+@_option("--adapter-weight", multiple=True, metavar="NAME=NUMBER", help="Its share beside the others' 1; repeatable.")
 @_option("--lean", is_flag=True, help="On a CPU without AMX, keep 4-bit weights once, not twice; slow with many rows.")
 @_option("--api-key-file", type=click.Path(path_type=Path), help="Accepted bearer keys, one a line.")
 def serve(**options: Any) -> None:
@@ -92,11 +94,15 @@ def _config(options: dict[str, Any]) -> ServerConfig:
         max_waiting=options["max_queue"],
         max_model_len=options["max_model_len"],
         kv_cache_bytes=options["kv_cache_bytes"],
+        prefix_cache=not options["no_prefix_cache"],
         lean=options["lean"],
     )
     keys = read_api_keys(options["api_key_file"], os.environ.get("LORAPLEX_API_KEYS"))
     named = ("base", "revision", "quantization", "device", "dtype", "registry", "host", "port")
-    return ServerConfig(**{name: options[name] for name in named}, api_keys=keys, engine=engine)
+    weights = read_adapter_weights(options["adapter_weight"])
+    return ServerConfig(
+        **{name: options[name] for name in named}, api_keys=keys, adapter_weights=weights, engine=engine
+    )
 
 
 def _listen(host: str, port: int) -> socket.socket:

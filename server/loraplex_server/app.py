@@ -40,7 +40,8 @@ def create_app(config: ServerConfig, base: Base | None = None) -> Starlette:
     )
     wake = threading.Event()
     load = loader(registry, base.description, config.engine.max_rank, pin=base.device.type == "cuda")
-    service = Service(EngineLoop(Engine(base, config.engine, load, metrics, wake.set), wake), registry, metrics)
+    engine_loop = EngineLoop(Engine(base, config.engine, load, metrics, wake.set), wake)
+    service = Service(engine_loop, registry, metrics, config.adapter_weights)
 
     @asynccontextmanager
     async def running(_: Starlette) -> AsyncIterator[None]:

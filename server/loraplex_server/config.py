@@ -1,6 +1,8 @@
 """What the server is told at its start, in one frozen object. Defaults stand here and in EngineConfig, nowhere else."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 
 from loraplex_server.engine.config import EngineConfig
@@ -21,6 +23,7 @@ class ServerConfig:
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     max_body_bytes: int = 4 << 20
     metrics_adapters: int = 100  # adapter names that get series of their own
+    adapter_weights: Mapping[str, float] = field(default_factory=dict)  # by name, "base" is the base; others weigh 1
     engine: EngineConfig = field(default_factory=EngineConfig)
 
 
@@ -35,3 +38,24 @@ def read_api_keys(file: Path | None, inline: str | None) -> tuple[str, ...]:
     if file and not keys:
         raise ValueError(f"api-key-file {str(file)!r} holds no key, expected one a line")
     return tuple(dict.fromkeys(keys + [key.strip() for key in (inline or "").split(",") if key.strip()]))
+
+
+def read_adapter_weights(pairs: Iterable[str]) -> dict[str, float]:
+    """Shares of the service by adapter, each as NAME=NUMBER.
+
+    Raises:
+        ValueError: a pair is something else, its number is not above 0, or a name comes twice.
+    """
+    weights: dict[str, float] = {}
+    for pair in pairs:
+        name, _, number = pair.rpartition("=")
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = 0.0
+        if not name or not 0 < weight < inf:
+            raise ValueError(f"adapter-weight is {pair!r}, expected NAME=NUMBER with a number above 0")
+        if name in weights:
+            raise ValueError(f"adapter-weight names {name!r} twice, expected each adapter once")
+        weights[name] = weight
+    return weights

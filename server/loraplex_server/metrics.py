@@ -83,6 +83,13 @@ class Metrics:
         self._errors = counter("lora_request_errors_total", "Requests refused or failed.", "adapter", "code")
         self._prompt_tokens = counter("lora_prompt_tokens_total", "Prompt tokens of answered requests.", "adapter")
         self._generation_tokens = counter("lora_generation_tokens_total", "Tokens generated.", "adapter")
+        self._prefix_queries = counter(
+            "lora_prefix_cache_queries_total", "Prompt tokens looked for in the prefix cache.", "adapter"
+        )
+        self._prefix_hits = counter("lora_prefix_cache_hits_total", "Prompt tokens found there.", "adapter")
+        self._preemptions = counter(
+            "lora_preemptions_total", "Times a request lost its KV pages and was computed again.", "adapter"
+        )
         self._first_token = histogram(
             "lora_time_to_first_token_seconds", "Arrival to first token.", "adapter", _FIRST_TOKEN_SECONDS
         )
@@ -98,6 +105,9 @@ class Metrics:
             self._errors,
             self._prompt_tokens,
             self._generation_tokens,
+            self._prefix_queries,
+            self._prefix_hits,
+            self._preemptions,
             self._first_token,
             self._inter_token,
             self._duration,
@@ -140,6 +150,13 @@ class Metrics:
             self._queue.labels(label).observe(queued_seconds)
         if first_token_seconds is not None:
             self._first_token.labels(label).observe(first_token_seconds)
+
+    def kv_cache_used(self, adapter: str, looked_up_tokens: int, cached_tokens: int, preemptions: int) -> None:
+        """How one request that ended fared in the KV cache."""
+        label = self.label(adapter)
+        self._prefix_queries.labels(label).inc(looked_up_tokens)
+        self._prefix_hits.labels(label).inc(cached_tokens)
+        self._preemptions.labels(label).inc(preemptions)
 
     def inter_token(self, adapter: str, seconds: float) -> None:
         self._inter_token.labels(self.label(adapter)).observe(seconds)

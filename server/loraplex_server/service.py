@@ -6,7 +6,7 @@ Owns the meeting of engine, registry and metrics; knows no sockets and no header
 import asyncio
 import difflib
 import time
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
@@ -47,13 +47,16 @@ class Job:
 class Service:
     """One base, one registry, one engine."""
 
-    def __init__(self, loop: EngineLoop, registry: RegistrySource, metrics: Metrics) -> None:
+    def __init__(
+        self, loop: EngineLoop, registry: RegistrySource, metrics: Metrics, weights: Mapping[str, float]
+    ) -> None:
         self.loop = loop
         self.engine = loop.engine
         self.base = loop.engine.base
         self.registry = registry
         self.registry_threads = CapacityLimiter(REGISTRY_THREADS)
         self.metrics = metrics
+        self.weights = weights
         self.started = int(time.time())
         self.watch = RegistryWatch(registry, self._warm, self._held_names, self._forget)
         self._versions: dict[str, Version] = {}  # by digest: what was resolved here
@@ -89,6 +92,7 @@ class Service:
         """
         job_id, now = f"cmpl-{uuid4().hex}", time.monotonic()
         digest = version.digest if version else None
+        weight = self.weights.get(version.name if version else BASE, 1.0)
         requests, texts = [], []
         sequences, most = len(body.prompts) * body.n, self.engine.config.max_waiting
         if sequences > most:
@@ -101,7 +105,7 @@ class Service:
             ids = self.base.tokenizer(prompt).input_ids if isinstance(prompt, str) else list(prompt)
             for i in range(body.n):
                 params = body.params if body.seed is None else body.model_copy(update={"seed": body.seed + i}).params
-                request = Request(f"{job_id}-{at * body.n + i}", list(ids), params, digest, now)
+                request = Request(f"{job_id}-{at * body.n + i}", list(ids), params, digest, now, weight=weight)
                 self.engine.check(request)
                 requests.append(request)
             text = prompt if isinstance(prompt, str) else (self.base.tokenizer.decode(ids) if body.echo else "")
@@ -187,6 +191,7 @@ class Service:
             first_token_seconds,
             time.monotonic() - request.arrived_at,
         )
+        self.metrics.kv_cache_used(job.label, request.looked_up_tokens, request.cached_tokens, request.preemptions)
 
     def _resolve_model(self, name: str) -> Version:
         try:

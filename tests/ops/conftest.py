@@ -39,6 +39,7 @@ def traffic() -> Callable[[Metrics], None]:
         for adapter in ("base", "quotes-tagger", "shout"):
             metrics.request_finished(adapter, "stop", 12, 7, 0.01, 0.15, 0.6)
             metrics.inter_token(adapter, 0.02)
+            metrics.kv_cache_used(adapter, 12, 4, 1)
         metrics.request_failed("unknown", "adapter_not_found")
         metrics.request_failed("quotes-tagger", "internal_error")
         for tier in ("device", "host"):

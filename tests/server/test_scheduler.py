@@ -296,6 +296,18 @@ def test_a_page_is_taken_when_a_request_grows_over_one_and_freed_at_its_end():
     assert seen == pytest.approx([0.2] + [0.3] * 4 + [0.4] * 2 + [0])
 
 
+def test_who_comes_leaves_a_page_to_grow_for_each_that_runs():
+    s = scheduler(pages=6, page_tokens=4, mixed=True, share=False)
+    for name in ("first", "second"):
+        s.add(request(name, prompt=6, max_tokens=4))
+    step(s)
+    s.add(request("third", prompt=1))
+    step(s)
+    assert [r.id for r in s.running] == ["first", "second"], "the two free pages are theirs"
+    while s.running or s.waiting:
+        step(s)
+
+
 def test_the_youngest_makes_room_and_goes_to_the_front_of_the_queue():
     s, released = scheduler(pages=6, page_tokens=4, max_rows=3, mixed=True), []
     first, second, third, fourth = (request(name, "A", prompt=4, max_tokens=12) for name in "1234")
@@ -309,6 +321,7 @@ def test_the_youngest_makes_room_and_goes_to_the_front_of_the_queue():
     assert (third.computed_tokens, third.preemptions) == (0, 1)
     assert third.output_ids, "what it said is kept"
     kept = list(third.output_ids)
+    s.service.reset = lambda: None
     ran = []
     while s.running or s.waiting:
         ran += step(s, release=released.append)
@@ -316,6 +329,7 @@ def test_the_youngest_makes_room_and_goes_to_the_front_of_the_queue():
     assert first not in released, "the oldest never makes room"
     assert all(r.finished and len(r.output_ids) == 12 for r in (first, second, third, fourth))
     assert ran.index("3") < ran.index("4")
+    assert s.service.of("A") == 4 * (4 + 2 * 12), "what is computed twice is charged once"
 
 
 def test_the_adapter_that_had_most_makes_room():
