@@ -22,3 +22,4 @@ class EngineConfig:
     lean: bool = False  # True: keep one layout of 4-bit weights on a CPU, and be slow with many rows
     paged: bool = True  # False: the slow reference runner
     kernels: bool = True  # False: torch and bitsandbytes alone, the slow reference of our own kernels
+    cuda_graphs: bool = True  # on a CUDA device: replay decode steps

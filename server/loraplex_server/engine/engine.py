@@ -85,7 +85,9 @@ class Engine:
         self.max_tokens = min(base.context_tokens, config.max_model_len or base.context_tokens)
         self.pages = _make_pages(base, config, self.max_tokens)
         choose_kernels(base.model, config.kernels, config.lean)
-        self._runner = make_runner(base.model, self.pages, config.paged)
+        self._runner = make_runner(
+            base.model, self.pages, config.paged, config.max_rows if config.cuda_graphs else 0, self.max_tokens
+        )
         self.pages.share = config.prefix_cache and self._runner.paged
         self.scheduler = Scheduler(
             self.pages, config.max_rows, config.step_tokens, config.max_waiting, self._runner.mixed

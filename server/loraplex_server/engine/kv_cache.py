@@ -105,6 +105,10 @@ class KVPages:
         pages, size = self._held[request.id], self.page_tokens
         return [pages[i // size] * size + i % size for i in range(start, stop)]
 
+    def table(self, request: Request) -> list[int]:
+        """The pages of a request, in the order of its tokens."""
+        return self._held[request.id]
+
     def _needed(self, tokens: int) -> int:
         return -(-tokens // self.page_tokens)
 

@@ -14,6 +14,7 @@ from transformers.modeling_utils import PreTrainedModel
 from loraplex_server.engine.attention import NAME, KVTensors, PagedStep, RowSlots
 from loraplex_server.engine.batch import Batch, Row
 from loraplex_server.engine.bloom import page_bloom
+from loraplex_server.engine.cuda_graphs import GraphRunner, can_graph
 from loraplex_server.engine.errors import BaseUnusable
 from loraplex_server.engine.families import pattern_of, rope_turns_at
 from loraplex_server.engine.kv_cache import KVPages
@@ -35,13 +36,24 @@ class Runner(Protocol):
         ...
 
 
-def make_runner(model: PreTrainedModel, pages: KVPages, paged: bool | None = None) -> Runner:
+def make_runner(
+    model: PreTrainedModel,
+    pages: KVPages,
+    paged: bool | None = None,
+    graph_rows: int = 0,
+    max_tokens: int = 0,
+) -> Runner:
     """The fastest runner that is right for this model; ``paged`` False asks for the slow reference.
+
+    Decode steps of up to ``graph_rows`` rows, of up to ``max_tokens`` tokens each, go by CUDA graphs where they can.
 
     Raises:
         BaseUnusable: the model does not go on from its own cache.
     """
-    return PagedRunner(model, pages) if paged is not False and can_page(model) else PlainRunner(model)
+    if paged is False or not can_page(model):
+        return PlainRunner(model)
+    runner = PagedRunner(model, pages)
+    return GraphRunner(runner, pages, graph_rows, max_tokens) if graph_rows and can_graph(model) else runner
 
 
 def can_page(model: PreTrainedModel) -> bool:
@@ -62,7 +74,8 @@ class PagedRunner:
         self._pages = pages
         self._device = model.device
         self._step: PagedStep | None = None
-        self._kv = KVTensors(model.config, pages.pages * pages.page_tokens, model.dtype, model.device)
+        slots = pages.pages * pages.page_tokens
+        self.kv = KVTensors(model.config, slots + 1, model.dtype, model.device)  # the last: where padding is written
         if model.config.model_type == "bloom":
             page_bloom(model, self._current_step)
         else:
@@ -84,7 +97,7 @@ class PagedRunner:
             written += context[row.start :]
             if row.samples:
                 sampled.append(len(ids) - 1)
-        self._step = PagedStep(self._kv, self._tensor(written), rows, self._pattern)
+        self._step = PagedStep(self.kv, self._tensor(written), rows, self._pattern)
         return model(
             input_ids=self._tensor(ids)[None],
             position_ids=self._tensor(positions)[None],
