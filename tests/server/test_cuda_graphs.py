@@ -4,6 +4,8 @@ The recorder holds a tape of torch's own operations over fixed memory, as a grap
 again, so a number that should have been in a buffer and was baked in instead gives wrong tokens here too.
 """
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from tiny import make_base
@@ -146,7 +148,7 @@ class SlotLayers:
         self.generation = 0
         self.names = {name: slot for slot, name in enumerate(names)}
         self.refused: set[str] = set()
-        self.bound: torch.Tensor | None = None
+        self.read: torch.Tensor | None = None
         random = torch.Generator().manual_seed(3)
         layers = [layer.self_attn.q_proj for layer in model.model.layers]
         draw = lambda *shape: torch.randn(*shape, generator=random) * 0.2  # noqa: E731
@@ -156,9 +158,9 @@ class SlotLayers:
             layer.register_forward_hook(lambda _, args, out, a=a, b=b: self._add(out, args[0], a, b))
 
     def _add(self, out, x, a, b):
-        if self.bound is None:
+        if self.read is None:
             return out
-        slots = self.bound.long()
+        slots = self.read.long()
         part = torch.einsum("tri,ti->tr", a[slots.clamp(min=0)], x[0])
         return out + torch.einsum("tor,tr->to", b[slots.clamp(min=0)], part * (slots >= 0)[:, None])[None]
 
@@ -166,14 +168,19 @@ class SlotLayers:
         adapters = [row.request.adapter for row in batch.rows]
         return None if self.refused & set(adapters) else [-1 if a is None else self.names[a] for a in adapters]
 
-    def bind(self, slots) -> None:
-        self.bound = slots
+    @contextmanager
+    def bound(self, slots):
+        before, self.read = self.read, slots
+        try:
+            yield
+        finally:
+            self.read = before
 
     def route(self, batch: Batch) -> None:
         """What the engine does before each forward: every token's slot, for the steps that run eagerly."""
         slots = [-1 if r.request.adapter is None else self.names[r.request.adapter] for r in batch.rows]
         tokens = torch.tensor([row.tokens for row in batch.rows])
-        self.bound = torch.tensor(slots, dtype=torch.int32).repeat_interleave(tokens)
+        self.read = torch.tensor(slots, dtype=torch.int32).repeat_interleave(tokens)
 
 
 class Bench:
@@ -217,14 +224,14 @@ def test_rows_of_many_adapters_and_of_the_base_are_replayed_by_their_slots(base_
 
 def test_steps_of_the_base_alone_have_a_graph_without_adapters(base_folder):
     graphs = Bench(base_folder, [None, None, "red"], True)
-    bound, bind = [], graphs.routes.bind
-    graphs.routes.bind = lambda slots: bound.append(None if slots is None else slots.tolist()) or bind(slots)
+    given, bound = [], graphs.routes.bound
+    graphs.routes.bound = lambda slots: given.append(None if slots is None else slots.tolist()) or bound(slots)
     graphs.step(only=2)
     graphs.step()
     graphs.requests = graphs.requests[1:]  # two rows again, one of them an adapter's
     graphs.step()
     assert graphs.recorder.captured == [2, 4, 2]
-    assert bound == [None, [-1, -1, 0, -1], [-1, 0]]
+    assert given == [None, [-1, -1, 0, -1], [-1, 0]]
 
 
 def test_an_adapter_that_comes_to_a_slot_later_is_seen_by_graphs_that_were_there(base_folder):
@@ -262,15 +269,16 @@ def test_without_routes_the_base_is_replayed_and_adapters_are_not(base_folder):
 
 
 def test_a_capture_that_fails_leaves_a_server_that_answers_eagerly(base_folder, caplog):
+    """And with its adapters: what was bound for the capture is bound no more."""
     tries = []
 
     def failing(run):
-        tries.append(1)
+        tries.append(run())
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    engine = engine_for(base_folder, failing)
-    answers = engine.generate(PROMPTS, GREEDY)
-    assert [a.token_ids for a in answers] == [a.token_ids for a in engine_for(base_folder).generate(PROMPTS, GREEDY)]
+    eager, graphs = Bench(base_folder, MIXED, False), Bench(base_folder, MIXED, True)
+    graphs.runner._capture = failing
+    assert [eager.step() for _ in range(4)] == [graphs.step() for _ in range(4)]
     assert len(tries) == 1
     said = [record.message for record in caplog.records if "without CUDA graphs" in record.message]
     assert len(said) == 1 and "not permitted" in said[0]

@@ -8,6 +8,7 @@ told by `Routes`.
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -52,11 +53,14 @@ class Routes(Protocol):
         ...
 
     def slots_of(self, batch: Batch) -> Sequence[int] | None:
-        """The adapter slot of each row, -1 for the base's; None: an adapter of the step needs more than slots."""
+        """The adapter slot of each row, -1 for the base's; None: an adapter of the step needs more than slots.
+
+        Asked once the engine has announced the step to the routing.
+        """
         ...
 
-    def bind(self, slots: torch.Tensor | None) -> None:
-        """Let every layer read its tokens' slots here in the forwards to come, (rows,) int32; None: the base alone."""
+    def bound(self, slots: torch.Tensor | None) -> AbstractContextManager[None]:
+        """Within, a forward takes its tokens' slots from here alone, (rows,) int32; None: the base alone."""
         ...
 
 
@@ -69,8 +73,9 @@ class BaseRoutes:
         """See Routes."""
         return [-1] * len(batch.rows) if batch.adapters == {None} else None
 
-    def bind(self, slots: torch.Tensor | None) -> None:
+    def bound(self, slots: torch.Tensor | None) -> AbstractContextManager[None]:
         """See Routes."""
+        return nullcontext()
 
 
 def can_graph(model: PreTrainedModel) -> bool:
@@ -160,10 +165,10 @@ class GraphRunner:
             ).logits[0]
 
         eager_attention = model.config._attn_implementation
-        self.routes.bind(inputs.slots[:size] if adapters else None)
         model.set_attn_implementation(decode_attention.NAME)
         try:
-            return self._capture(run)
+            with self.routes.bound(inputs.slots[:size] if adapters else None):
+                return self._capture(run)
         finally:
             model.set_attn_implementation(eager_attention)
 
