@@ -14,7 +14,7 @@ from transformers.modeling_utils import PreTrainedModel
 from loraplex_server.engine.attention import NAME, KVTensors, PagedStep, RowSlots
 from loraplex_server.engine.batch import Batch, Row
 from loraplex_server.engine.bloom import page_bloom
-from loraplex_server.engine.cuda_graphs import GraphRunner, can_graph
+from loraplex_server.engine.cuda_graphs import GraphRunner, Routes, can_graph
 from loraplex_server.engine.errors import BaseUnusable
 from loraplex_server.engine.families import pattern_of, rope_turns_at
 from loraplex_server.engine.kv_cache import KVPages
@@ -42,10 +42,12 @@ def make_runner(
     paged: bool | None = None,
     graph_rows: int = 0,
     max_tokens: int = 0,
+    routes: Routes | None = None,
 ) -> Runner:
     """The fastest runner that is right for this model; ``paged`` False asks for the slow reference.
 
-    Decode steps of up to ``graph_rows`` rows, of up to ``max_tokens`` tokens each, go by CUDA graphs where they can.
+    Decode steps of up to ``graph_rows`` rows, of up to ``max_tokens`` tokens each, go by CUDA graphs where they can;
+    those with adapters too, if ``routes`` can tell their slots.
 
     Raises:
         BaseUnusable: the model does not go on from its own cache.
@@ -53,7 +55,7 @@ def make_runner(
     if paged is False or not can_page(model):
         return PlainRunner(model)
     runner = PagedRunner(model, pages)
-    return GraphRunner(runner, pages, graph_rows, max_tokens) if graph_rows and can_graph(model) else runner
+    return GraphRunner(runner, pages, graph_rows, max_tokens, routes) if graph_rows and can_graph(model) else runner
 
 
 def can_page(model: PreTrainedModel) -> bool:
