@@ -347,3 +347,15 @@ def test_who_runs_goes_on_while_another_s_adapter_is_put_on_the_device(base_fold
     assert engine.generate(["the quick"], params, "red")[0].token_ids == red.output_ids
     assert engine.generate(["the quick"], params, "green")[0].token_ids == green.output_ids
     assert green.output_ids != red.output_ids
+
+
+def test_an_adapter_added_by_hand_comes_back_after_it_left_host_memory(base_folder, adapter_folders):
+    """It was then said never to have been added."""
+    base = load_base(str(base_folder), quantization="none", device="cpu", dtype="float32")
+    engine = Engine(base, EngineConfig(max_loras=1, max_host_loras=2))
+    for name, folder in adapter_folders.items():
+        engine.add_adapter(name, folder)
+    assert len(engine.residency.in_host) == 2
+    params = SamplingParams(max_tokens=8, temperature=0)
+    answers = engine.generate(["the quick"] * 4, params, list(adapter_folders))
+    assert len({tuple(answer.token_ids) for answer in answers}) == 4

@@ -92,6 +92,8 @@ class Engine:
         self.scheduler = Scheduler(
             self.pages, config.max_rows, config.step_tokens, config.max_waiting, self._runner.mixed
         )
+        self._folders: dict[str, Path] = {}  # of adapters that were added by hand
+        self._fetch = load
         kernels = config.kernels and base.model.device.type == "cpu" and base.dtype == torch.bfloat16 and bool(native())
         self.device = DeviceAdapters(
             base.model,
@@ -101,7 +103,7 @@ class Engine:
         )
         self.residency = Residency(
             self.device,
-            load,
+            self._load,
             ThreadPoolExecutor(2, thread_name_prefix="adapter-load"),
             config.max_loras,
             config.max_host_loras,
@@ -124,15 +126,17 @@ class Engine:
     def add_adapter(self, name: str, folder: str | Path) -> None:
         """Read an adapter folder and serve it under ``name``, in place of what had that name.
 
+        The folder must stay as it is: it is read again when the adapter had to leave host memory.
+
         Raises:
             AdapterRefused: it cannot be used whole on this base, or requests for that name have not ended.
         """
-        pin = self.base.device.type == "cuda"
-        adapter = read_adapter(name, Path(folder), self.base.description, self.config.max_rank, pin)
+        adapter = self._read(name, Path(folder))
         if users := sum(r.adapter == name for r in (*self.scheduler.running, *self.scheduler.waiting)):
             raise AdapterRefused(f"adapter {name!r} is used by {users} requests, expected none while it is replaced")
         self.residency.put(adapter)
         self.pages.forget_adapter(name)
+        self._folders[name] = Path(folder)
 
     def check(self, request: Request) -> None:
         """Whether a request can ever be served.
@@ -219,6 +223,14 @@ class Engine:
                 if delta.request.error:
                     raise delta.request.error
         return [Completion(texts[r.id], r.output_ids, r.finish_reason or FinishReason.ERROR) for r in requests]
+
+    def _load(self, key: str) -> HostAdapter:
+        folder = self._folders.get(key)
+        return self._read(key, folder) if folder else self._fetch(key)
+
+    def _read(self, key: str, folder: Path) -> HostAdapter:
+        pin = self.base.device.type == "cuda"
+        return read_adapter(key, folder, self.base.description, self.config.max_rank, pin)
 
     def _place(self, request: Request, failed: list[Delta]) -> Place:
         if request.adapter is None:
