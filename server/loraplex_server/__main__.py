@@ -1,14 +1,13 @@
 """The `serve` command: options, start-up in plain words, and one clear line when it cannot start."""
 
 import os
+import signal
 import socket
 import sys
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import click
-import uvicorn
 from starlette.applications import Starlette
 
 from loraplex_server.config import ServerConfig, read_adapter_weights, read_api_keys
@@ -42,12 +41,15 @@ def _option(name: str, default: Any = None, **more: Any) -> Any:
 @_option("--max-model-len", type=click.IntRange(2), help="Most tokens of prompt and completion. [default: the base's]")
 @_option("--max-rows", _ENGINE.max_rows, type=click.IntRange(1), help="Requests that run at once.")
 @_option("--max-queue", _ENGINE.max_waiting, type=click.IntRange(1), help="Requests that wait; one more gets 429.")
+@_option("--request-timeout", _SERVER.request_timeout, type=click.FloatRange(0), help="Seconds; 0: no limit.")
+@_option("--drain-seconds", _SERVER.drain_seconds, type=click.IntRange(0), help="To finish in when told to stop.")
 @_option("--kv-cache-bytes", _ENGINE.kv_cache_bytes, type=click.IntRange(1), help="Memory for keys and values.")
 @_option("--no-prefix-cache", is_flag=True, help="Compute every prompt whole, even where one began alike before.")
 @_option("--adapter-weight", multiple=True, metavar="NAME=NUMBER", help="Its share beside the others' 1; repeatable.")
 @_option("--lean", is_flag=True, help="On a CPU without AMX, keep 4-bit weights once, not twice; slow with many rows.")
 @_option("--no-cuda-graphs", is_flag=True, help="On a CUDA device, run every step eagerly.")
 @_option("--api-key-file", type=click.Path(path_type=Path), help="Accepted bearer keys, one a line.")
+@click.version_option(package_name="loraplex", prog_name="loraplex")
 def serve(**options: Any) -> None:
     """Serve a base model and its LoRA adapters over an OpenAI-style HTTP API.
 
@@ -70,9 +72,11 @@ def _serve(options: dict[str, Any]) -> None:
     click.echo(f"registry {getattr(registry, 'root', config.registry)}, {len(registry.list())} adapters")
     host = f"[{config.host}]" if ":" in config.host else config.host
     click.echo(f"listening on http://{host}:{listener.getsockname()[1]}")
-    settings = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=120, server_header=False)
-    with suppress(KeyboardInterrupt):  # uvicorn has answered what was running, and hands the signal on
-        uvicorn.Server(settings).run(sockets=[listener])
+    from loraplex_server.drain import DrainingServer
+
+    stop = app.state.service.loop.stop
+    DrainingServer(app, app.state.door, config.drain_seconds, stop).run(sockets=[listener])
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a load may still hold the process up: Ctrl-C now, and no traceback
 
 
 def _app(config: ServerConfig) -> Starlette:
@@ -100,7 +104,10 @@ def _config(options: dict[str, Any]) -> ServerConfig:
         cuda_graphs=not options["no_cuda_graphs"],
     )
     keys = read_api_keys(options["api_key_file"], os.environ.get("LORAPLEX_API_KEYS"))
-    named = ("base", "revision", "quantization", "device", "dtype", "registry", "host", "port")
+    named = (
+        "base", "revision", "quantization", "device", "dtype", "registry", "host", "port",
+        "request_timeout", "drain_seconds",
+    )  # fmt: skip
     weights = read_adapter_weights(options["adapter_weight"])
     return ServerConfig(
         **{name: options[name] for name in named}, api_keys=keys, adapter_weights=weights, engine=engine

@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from loraplex_registry.remote import open_registry
 from loraplex_server.adapters.disk import loader
 from loraplex_server.config import ServerConfig
+from loraplex_server.drain import Door, Entrance
 from loraplex_server.engine.engine import Engine
 from loraplex_server.engine.model import Base, load_base
 from loraplex_server.loop import EngineLoop
@@ -40,8 +41,9 @@ def create_app(config: ServerConfig, base: Base | None = None) -> Starlette:
     )
     wake = threading.Event()
     load = loader(registry, base.description, config.engine.max_rank, pin=base.device.type == "cuda")
-    engine_loop = EngineLoop(Engine(base, config.engine, load, metrics, wake.set), wake)
-    service = Service(engine_loop, registry, metrics, config.adapter_weights)
+    loop = EngineLoop(Engine(base, config.engine, load, metrics, wake.set), wake)
+    service = Service(loop, registry, metrics, config.adapter_weights, config.request_timeout)
+    door = Door()
 
     @asynccontextmanager
     async def running(_: Starlette) -> AsyncIterator[None]:
@@ -56,10 +58,13 @@ def create_app(config: ServerConfig, base: Base | None = None) -> Starlette:
     app = Starlette(
         routes=ROUTES,
         lifespan=running,
-        middleware=[Middleware(BearerKeys, keys=config.api_keys)] if config.api_keys else [],
+        middleware=[
+            *([Middleware(BearerKeys, keys=config.api_keys)] if config.api_keys else []),
+            Middleware(Entrance, door=door),
+        ],
         exception_handlers={HTTPException: _http_problem},
     )
-    app.state.service, app.state.config = service, config
+    app.state.service, app.state.config, app.state.door = service, config, door
     return app
 
 

@@ -22,6 +22,8 @@ class ServerConfig:
     port: int = 8000
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     max_body_bytes: int = 4 << 20
+    request_timeout: float = 0  # seconds a completion may take, its time in the queue included; 0: no limit
+    drain_seconds: int = 120  # what runs when the server is told to stop has so long to finish
     metrics_adapters: int = 100  # adapter names that get series of their own
     adapter_weights: Mapping[str, float] = field(default_factory=dict)  # by name, "base" is the base; others weigh 1
     engine: EngineConfig = field(default_factory=EngineConfig)

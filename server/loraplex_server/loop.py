@@ -9,8 +9,10 @@ import threading
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import suppress
 from queue import Empty, SimpleQueue
+from time import monotonic
 
 from loraplex_server.engine.engine import Delta, Engine
+from loraplex_server.engine.errors import DeadlinePassed
 from loraplex_server.engine.request import FinishReason, Request
 
 log = logging.getLogger(__name__)
@@ -52,17 +54,32 @@ class EngineLoop:
         self._wake.set()
         self._thread.join()
 
-    async def stream(self, requests: Sequence[Request]) -> AsyncGenerator[Delta]:
+    async def stream(self, requests: Sequence[Request], deadline: float | None = None) -> AsyncGenerator[Delta]:
         """Queue requests together and yield their deltas as they come, until the last one ended.
 
-        Closing the iterator aborts what is still running.
+        Closing the iterator aborts what is still running, and so does the ``deadline`` (seconds, monotonic), whether or
+        not anybody reads on.
 
         Raises:
+            DeadlinePassed: the deadline came before the last one ended.
             Exception: what the first of them failed with; the others are aborted.
         """
         inbox: asyncio.Queue[Delta | Exception] = asyncio.Queue()
         loop = asyncio.get_running_loop()
+
+        def abort() -> None:
+            with suppress(EngineStopped):  # then nothing runs any more
+                self._post(lambda: self._abort(requests))
+
+        def expire(seconds: float) -> None:
+            abort()
+            inbox.put_nowait(DeadlinePassed(f"the request was not done within {seconds:g} s, its limit"))
+
         self._post(lambda: self._add(requests, lambda item: loop.call_soon_threadsafe(inbox.put_nowait, item)))
+        timer = None
+        if deadline is not None:
+            seconds = deadline - requests[0].arrived_at
+            timer = loop.call_later(max(0.0, deadline - monotonic()), expire, round(seconds, 3))
         left = len(requests)
         try:
             while left:
@@ -74,9 +91,10 @@ class EngineLoop:
                 left -= item.finished
                 yield item
         finally:
+            if timer:
+                timer.cancel()
             if left:
-                with suppress(EngineStopped):  # then nothing runs any more
-                    self._post(lambda: self._abort(requests))
+                abort()
 
     def warm(self, key: str) -> None:
         """Begin to load an adapter that nobody asked for yet."""

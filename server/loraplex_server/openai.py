@@ -1,24 +1,31 @@
 """OpenAI's completions in and out: what a body may say, and how answers, chunks and errors look. No engine, no sockets.
 
-Source: https://platform.openai.com/docs/api-reference/completions. ``adapter``, ``top_k``, ``min_p`` and
-``stop_token_ids`` are additions that vLLM's and LoRAX's users know.
+Source: https://platform.openai.com/docs/api-reference/completions. ``adapter``, ``top_k``, ``min_p``,
+``stop_token_ids``, ``repetition_penalty``, ``min_tokens`` and ``ignore_eos`` are additions that vLLM's and LoRAX's
+users know; ``timeout`` is ours.
 """
 
 import difflib
 import reprlib
+from collections.abc import Callable, Sequence
+from math import inf
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
 from pydantic_core import from_json
 
 from loraplex_server.engine.errors import InvalidRequest
-from loraplex_server.engine.request import Request, SamplingParams
+from loraplex_server.engine.request import Request, SamplingParams, TokenScore
 
 MAX_PROMPTS = 64
 MAX_CHOICES = 16
 MAX_STOPS = 16
-# Fields of OpenAI's that this version cannot honour; asking for them is an error, their neutral value is not.
-_NOT_YET: dict[str, tuple[Any, ...]] = {"logprobs": (None,), "suffix": (None, "")}
+# Fields of OpenAI's and vLLM's that are not honoured here; asking for them is an error, their neutral value is not.
+_NOT_YET: dict[str, tuple[Any, ...]] = {
+    "suffix": (None, ""),
+    "include_stop_str_in_output": (None, False),
+    "skip_special_tokens": (None, True),
+}
 
 
 class _AtFirst(FailFast):
@@ -52,19 +59,30 @@ class CompletionBody(BaseModel):
     top_k: int = 0
     min_p: float = 0.0
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
-    best_of: int | None = None
+    best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     stop: str | Items[str] = Field(default_factory=list)
     stop_token_ids: Items[int] = Field(default_factory=list)
     seed: int | None = None
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    min_tokens: int = 0
+    ignore_eos: bool = False
     logit_bias: dict[str, float] = Field(default_factory=dict)
     echo: bool = False
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: str | None = None
     logprobs: int | None = None
+    timeout: float | None = None
     suffix: str | None = None
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+
+    @property
+    def sequences(self) -> int:
+        """How many answers are made of each prompt; the best ``n`` are given."""
+        return self.best_of or self.n
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:
@@ -98,6 +116,11 @@ class CompletionBody(BaseModel):
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
             logit_bias=bias,
+            prompt_logprobs=self.logprobs if self.echo else None,
+            logprobs=0 if self.logprobs is None and self.sequences > self.n else self.logprobs,  # 0: to rank them
+            repetition_penalty=self.repetition_penalty,
+            min_tokens=self.min_tokens,
+            ignore_eos=self.ignore_eos,
         )
 
 
@@ -149,8 +172,13 @@ def _check_sizes(body: CompletionBody) -> None:
         raise InvalidRequest("prompt is an empty list, expected at least one prompt", "prompt")
     if len(body.prompts) > MAX_PROMPTS:
         raise InvalidRequest(f"prompt holds {len(body.prompts)} prompts, expected at most {MAX_PROMPTS}", "prompt")
-    if body.best_of not in (None, body.n):
-        raise InvalidRequest(f"best_of is {body.best_of}, expected n ({body.n}) or nothing", "best_of")
+    if body.sequences < body.n:
+        raise InvalidRequest(f"best_of is {body.best_of}, expected at least n, which is {body.n}", "best_of")
+    if body.sequences > body.n and body.stream:
+        told = f"best_of is {body.best_of} and n is {body.n}: the best are known at the end, so they cannot be streamed"
+        raise InvalidRequest(f"{told}; expected n or nothing", "best_of")
+    if body.timeout is not None and not 0 < body.timeout < inf:
+        raise InvalidRequest(f"timeout is {body.timeout!r}, expected seconds above 0", "timeout")
     if len(body.params.stop) > MAX_STOPS:
         raise InvalidRequest(f"stop holds {len(body.params.stop)} strings, expected at most {MAX_STOPS}", "stop")
     if body.stream_options and not body.stream:
@@ -162,16 +190,42 @@ def error_body(message: str, kind: str, code: str, param: str | None = None) -> 
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def choice(index: int, text: str, finish_reason: str | None) -> dict[str, Any]:
+def choice(index: int, text: str, finish_reason: str | None, scored: dict[str, Any] | None = None) -> dict[str, Any]:
     """One entry of ``choices``, in an answer or in a chunk."""
-    return {"index": index, "text": text, "logprobs": None, "finish_reason": finish_reason}
+    return {"index": index, "text": text, "logprobs": scored, "finish_reason": finish_reason}
 
 
-def usage(requests: list[Request], n: int) -> dict[str, Any]:
-    """Token counts over all choices; a prompt with ``n`` choices counts once, as OpenAI counts."""
-    prompt = sum(len(request.prompt_ids) for request in requests[::n])
+def logprobs(scores: Sequence[TokenScore], offsets: Sequence[int], text_of: Callable[[int], str]) -> dict[str, Any]:
+    """``logprobs`` of a choice: four lists, an entry a token."""
+    return {
+        "tokens": [text_of(score.token_id) for score in scores],
+        "token_logprobs": [score.logprob for score in scores],
+        "top_logprobs": [_alternatives(score, text_of) for score in scores],
+        "text_offset": list(offsets),
+    }
+
+
+def _alternatives(score: TokenScore, text_of: Callable[[int], str]) -> dict[str, float] | None:
+    """The likeliest tokens and the one that stands there; of two with one text the likelier is told."""
+    if score.logprob is None:
+        return None
+    named: dict[str, float] = {}
+    for token_id, logprob in (*score.top, (score.token_id, score.logprob)):
+        named.setdefault(text_of(token_id), logprob)
+    return named
+
+
+def usage(requests: list[Request], sequences: int) -> dict[str, Any]:
+    """Token counts over all that was generated; a prompt with several ``sequences`` counts once, as OpenAI counts."""
+    prompt = sum(len(request.prompt_ids) for request in requests[::sequences])
+    cached = sum(request.cached_tokens for request in requests[::sequences])
     completion = sum(len(request.output_ids) for request in requests)
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }
 
 
 def completion(

@@ -13,7 +13,7 @@ from loraplex_registry.errors import (
     RegistryError,
     UnknownAdapter,
 )
-from loraplex_server.engine.errors import AdapterRefused, InvalidRequest, Overloaded
+from loraplex_server.engine.errors import AdapterRefused, BrokenLogits, DeadlinePassed, InvalidRequest, Overloaded
 from loraplex_server.loop import EngineStopped
 from loraplex_server.openai import error_body
 
@@ -71,11 +71,20 @@ def problem(error: Exception, param: str | None = None) -> Problem:
             return Problem(404, "invalid_request_error", "adapter_not_found", message, param)
         case AdapterRefused() | InvalidAdapter() | CorruptBlob():
             return Problem(422, "invalid_request_error", "adapter_refused", f"the adapter is refused: {message}", param)
+        case DeadlinePassed():
+            return Problem(408, "timeout_error", "timeout", message)
+        case BrokenLogits():
+            return Problem(500, "server_error", "broken_logits", message)
         case Overloaded():
             return Problem(429, "rate_limit_error", "overloaded", message)
         case RegistryError():
             return Problem(503, "server_error", "registry_unavailable", message)
         case EngineStopped():
             return Problem(503, "server_error", "stopping", message)
+        case OSError():  # a request meets the system only where its adapter is read: the disk is full, a file is gone
+            log.error("an adapter could not be read", exc_info=error)
+            return Problem(
+                503, "server_error", "adapter_unavailable", f"the adapter could not be read: {message}", param
+            )
     log.error("a request failed", exc_info=error)
     return Problem(500, "server_error", "internal_error", "the server failed on this request; its log says why")

@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
+from time import monotonic
 from typing import Any, TypeVar
 
 from anyio.to_thread import run_sync
@@ -14,10 +15,11 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from loraplex_server.engine.engine import Delta
+from loraplex_server.engine.request import Request
 from loraplex_server.metrics import CONTENT_TYPE, UNKNOWN
-from loraplex_server.openai import CompletionBody, choice, completion, parse_completion, usage
+from loraplex_server.openai import CompletionBody, choice, completion, logprobs, parse_completion, usage
 from loraplex_server.problems import TooLarge, problem
-from loraplex_server.service import Job, Service
+from loraplex_server.service import Answer, Job, Service
 
 T = TypeVar("T")
 
@@ -25,38 +27,46 @@ T = TypeVar("T")
 async def completions(http: HttpRequest) -> Response:
     """POST /v1/completions."""
     service: Service = http.app.state.service
-    label, param = UNKNOWN, None
+    label, param, version, arrived_at = UNKNOWN, None, None, monotonic()
     try:
         body = parse_completion(await _read(http))
         param = "adapter" if body.adapter is not None else "model"
         version = None if service.wants_base(body) else await _from_registry(service, service.resolve, body)
         label = version.name if version else "base"
-        job = await run_in_threadpool(service.job, body, version)
+        job = await run_in_threadpool(service.job, body, version, arrived_at)
         answer = await (_streamed if body.stream else _whole)(service, job, body, http)
     except ClientDisconnect:
         return Response(status_code=499)  # nobody reads it: the client closed the connection
     except Exception as error:
         found = problem(error, param)
         service.metrics.request_failed(label, found.code)
-        return found.response()
-    if job.version:
-        answer.headers["X-Loraplex-Adapter-Digest"] = job.version.digest
-        answer.headers["X-Loraplex-Adapter-Version"] = str(job.version.number)
+        answer = found.response()
+    if version:
+        answer.headers["X-Loraplex-Adapter-Digest"] = version.digest
+        answer.headers["X-Loraplex-Adapter-Version"] = str(version.number)
     return answer
 
 
 async def _whole(service: Service, job: Job, body: CompletionBody, http: HttpRequest) -> Response:
     """Wait for every sequence."""
-    texts = {r.id: prompt if body.echo else "" for r, prompt in zip(job.requests, job.prompt_texts, strict=True)}
+    answers = {request.id: Answer() for request in job.requests}
 
     async def collect() -> None:
         async with aclosing(service.run(job)) as deltas:
             async for delta in deltas:
-                texts[delta.request.id] += delta.text
+                answers[delta.request.id].take(delta)
+
+    def told(index: int, request: Request) -> dict[str, Any]:
+        answer, prompt = answers[request.id], service.prompt(job, request)
+        text, scored = prompt.text + answer.text, None
+        if body.logprobs is not None:
+            offsets = [*prompt.offsets, *(len(prompt.text) + offset for offset in answer.offsets)]
+            scored = logprobs([*prompt.scores, *answer.scores], offsets, service.token_texts)
+        return choice(index, text, request.finish_reason, scored)
 
     await _heard(http, collect())
-    choices = [choice(i, texts[r.id], r.finish_reason) for i, r in enumerate(job.requests)]
-    return JSONResponse(completion(_head(job), choices, usage(job.requests, job.n)))
+    choices = [told(i, request) for i, request in enumerate(job.best(answers))]
+    return JSONResponse(completion(_head(job), choices, usage(job.requests, job.sequences)))
 
 
 async def _streamed(service: Service, job: Job, body: CompletionBody, http: HttpRequest) -> Response:
@@ -70,20 +80,32 @@ async def _events(
     service: Service, job: Job, body: CompletionBody, first: Delta, deltas: AsyncGenerator[Delta]
 ) -> AsyncIterator[str]:
     head, index = _head(job), {request.id: i for i, request in enumerate(job.requests)}
-    if body.echo:
-        yield _event(completion(head, [choice(i, text, None) for i, text in enumerate(job.prompt_texts)]))
+    prompts: dict[str, Answer] = {}  # by request: what was told of its prompt
+
+    def event(request: Request, said: Answer, before: int, finish_reason: str | None = None) -> str:
+        offsets = [before + offset for offset in said.offsets]
+        scored = None if body.logprobs is None else logprobs(said.scores, offsets, service.token_texts)
+        return _event(completion(head, [choice(index[request.id], said.text, finish_reason, scored)]))
+
     try:
         async with aclosing(_chain(first, deltas)) as every:
             async for delta in every:
-                if delta.text or delta.finished:
-                    yield _event(completion(head, [choice(index[delta.request.id], delta.text, delta.finish_reason)]))
+                request = delta.request
+                if request.id not in prompts:
+                    prompts[request.id] = service.prompt(job, request)
+                    if body.echo:
+                        yield event(request, prompts[request.id], 0)
+                if delta.text or delta.finished or delta.score:
+                    said = Answer()
+                    said.take(delta)
+                    yield event(request, said, len(prompts[request.id].text), delta.finish_reason)
     except Exception as error:
         found = problem(error)
         service.metrics.request_failed(job.label, found.code)
         yield _event(found.body)
         return
     if body.stream_options and body.stream_options.include_usage:
-        yield _event(completion(head, [], usage(job.requests, job.n)))
+        yield _event(completion(head, [], usage(job.requests, job.sequences)))
     yield "data: [DONE]\n\n"
 
 
@@ -170,9 +192,14 @@ async def health(http: HttpRequest) -> Response:
 
 
 async def ready(http: HttpRequest) -> Response:
-    """GET /ready: the base is loaded and the registry has been seen once."""
+    """GET /ready: the base is loaded, the registry has been seen once, and the server is not on its way out."""
     service: Service = http.app.state.service
-    waits_for = [what for what, done in (("engine", service.loop.alive), ("registry", service.watch.ready)) if not done]
+    conditions = {
+        "engine": service.loop.alive,
+        "registry": service.watch.ready,
+        "draining": not http.app.state.door.closed,
+    }
+    waits_for = [what for what, fulfilled in conditions.items() if not fulfilled]
     return JSONResponse({"ready": not waits_for, "waiting_for": waits_for}, 503 if waits_for else 200)
 
 

@@ -7,7 +7,8 @@ import asyncio
 import difflib
 import time
 from collections.abc import AsyncGenerator, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from statistics import mean
 from typing import Any
 from uuid import uuid4
 
@@ -15,9 +16,10 @@ from anyio import CapacityLimiter
 
 from loraplex_registry.errors import UnknownAdapter
 from loraplex_registry.version import Version
+from loraplex_server.engine.detokenize import TokenTexts, text_offsets
 from loraplex_server.engine.engine import Delta
 from loraplex_server.engine.errors import InvalidRequest
-from loraplex_server.engine.request import FinishReason, Request
+from loraplex_server.engine.request import FinishReason, Request, TokenScore
 from loraplex_server.loop import EngineLoop
 from loraplex_server.metrics import BASE, Metrics, ServedVersion, Snapshot
 from loraplex_server.openai import CompletionBody
@@ -28,29 +30,68 @@ REGISTRY_THREADS = 32  # apart from all others, so that a registry that hangs ho
 
 @dataclass(frozen=True)
 class Job:
-    """A completion that was understood: its sequences, ``n`` for each prompt, and the version that answers."""
+    """A completion that was understood: its requests, some for each prompt, and the version that answers."""
 
     id: str
     created: int  # Unix seconds
     model: str
     version: Version | None  # None: the base
     requests: list[Request]
-    prompt_texts: list[str]  # one a request
-    n: int
+    sequences: int  # requests a prompt, one after the other
+    n: int  # of which so many are given
+    prompt_texts: list[str]  # one a prompt, where it is wanted
+    prompt_offsets: list[list[int]]  # where each token of a prompt begins in its text; one a prompt, where wanted
+    deadline: float | None = None  # seconds, monotonic
 
     @property
     def label(self) -> str:
         """The value of the metrics' adapter label."""
         return self.version.name if self.version else BASE
 
+    def best(self, answers: Mapping[str, "Answer"]) -> list[Request]:
+        """The requests whose answers are given: of each prompt's the ``n`` likeliest a token, likeliest first."""
+        groups = [self.requests[i : i + self.sequences] for i in range(0, len(self.requests), self.sequences)]
+        if self.sequences > self.n:
+            for group in groups:
+                group.sort(key=lambda request: answers[request.id].mean_logprob, reverse=True)
+        return [request for group in groups for request in group[: self.n]]
+
+
+@dataclass
+class Answer:
+    """Text, with the scores of its tokens where they are wanted: what one request has said so far."""
+
+    text: str = ""
+    scores: list[TokenScore] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)  # where each scored token begins in the text
+
+    @property
+    def mean_logprob(self) -> float:
+        """How likely its tokens were, each, the one that ended it included."""
+        return mean(score.logprob or 0.0 for score in self.scores) if self.scores else 0.0
+
+    def take(self, delta: Delta) -> None:
+        """Add what a step gave."""
+        self.text += delta.text
+        if delta.score:
+            self.scores.append(delta.score)
+            self.offsets.append(delta.offset)
+
 
 class Service:
     """One base, one registry, one engine."""
 
     def __init__(
-        self, loop: EngineLoop, registry: RegistrySource, metrics: Metrics, weights: Mapping[str, float]
+        self,
+        loop: EngineLoop,
+        registry: RegistrySource,
+        metrics: Metrics,
+        weights: Mapping[str, float],
+        request_timeout: float = 0.0,
     ) -> None:
+        """``request_timeout`` is the most seconds a completion may take; 0: no limit."""
         self.loop = loop
+        self.request_timeout = request_timeout
         self.engine = loop.engine
         self.base = loop.engine.base
         self.registry = registry
@@ -59,6 +100,7 @@ class Service:
         self.weights = weights
         self.started = int(time.time())
         self.watch = RegistryWatch(registry, self._warm, self._held_names, self._forget)
+        self.token_texts = TokenTexts(self.base.tokenizer)
         self._versions: dict[str, Version] = {}  # by digest: what was resolved here
         metrics.observe_state(self.snapshot)
 
@@ -84,34 +126,47 @@ class Service:
         assert body.model is not None  # else it wants the base
         return self._remember(self._resolve_model(body.model))
 
-    def job(self, body: CompletionBody, version: Version | None) -> Job:
-        """Make the sequences of a completion.
+    def job(self, body: CompletionBody, version: Version | None, arrived_at: float) -> Job:
+        """Make the requests of a completion that arrived at a time (seconds, monotonic).
 
         Raises:
             InvalidRequest: a parameter is out of range, or the prompt cannot be served.
         """
-        job_id, now = f"cmpl-{uuid4().hex}", time.monotonic()
+        job_id, each = f"cmpl-{uuid4().hex}", body.sequences
         digest = version.digest if version else None
         weight = self.weights.get(version.name if version else BASE, 1.0)
-        requests, texts = [], []
-        sequences, most = len(body.prompts) * body.n, self.engine.config.max_waiting
-        if sequences > most:
-            asked = f"{len(body.prompts)} prompts with n {body.n}"
+        total, most = len(body.prompts) * each, self.engine.config.max_waiting
+        if total > most:
+            asked = f"{len(body.prompts)} prompts with n {body.n}" + (f", best_of {each}" if each > body.n else "")
             raise InvalidRequest(
-                f"the request asks for {sequences} answers ({asked}), expected at most {most}",
-                "n" if body.n > 1 else "prompt",
+                f"the request asks for {total} answers ({asked}), expected at most {most}",
+                "n" if body.n > 1 else "best_of" if each > 1 else "prompt",
             )
+        requests, texts, offsets, tokenizer = [], [], [], self.base.tokenizer
         for at, prompt in enumerate(body.prompts):
-            ids = self.base.tokenizer(prompt).input_ids if isinstance(prompt, str) else list(prompt)
-            for i in range(body.n):
+            ids = tokenizer(prompt).input_ids if isinstance(prompt, str) else list(prompt)
+            for i in range(each):
                 params = body.params if body.seed is None else body.model_copy(update={"seed": body.seed + i}).params
-                request = Request(f"{job_id}-{at * body.n + i}", list(ids), params, digest, now, weight=weight)
+                request = Request(f"{job_id}-{at * each + i}", list(ids), params, digest, arrived_at, weight=weight)
                 self.engine.check(request)
                 requests.append(request)
-            text = prompt if isinstance(prompt, str) else (self.base.tokenizer.decode(ids) if body.echo else "")
-            texts += [text] * body.n
+            if body.echo:
+                texts.append(prompt if isinstance(prompt, str) else tokenizer.decode(ids, skip_special_tokens=True))
+                offsets.append(text_offsets(tokenizer, ids) if body.logprobs is not None else [])
+        limits = [seconds for seconds in (body.timeout, self.request_timeout) if seconds]
+        deadline = arrived_at + min(limits) if limits else None
         model = body.model or body.adapter or self.base.id
-        return Job(job_id, int(time.time()), model, version, requests, texts, body.n)
+        return Job(job_id, int(time.time()), model, version, requests, each, body.n, texts, offsets, deadline)
+
+    def prompt(self, job: Job, request: Request) -> Answer:
+        """What an answer to a request says of its prompt: nothing, its text, or its text and scores."""
+        if not job.prompt_texts:
+            return Answer()
+        at = job.requests.index(request) // job.sequences
+        if request.params.prompt_logprobs is None:
+            return Answer(job.prompt_texts[at])
+        scores = [TokenScore(request.prompt_ids[0], None), *request.prompt_scores]
+        return Answer(job.prompt_texts[at], scores, job.prompt_offsets[at])
 
     async def run(self, job: Job) -> AsyncGenerator[Delta]:
         """The deltas of all sequences of a job as they come; every stage of each is measured.
@@ -123,7 +178,7 @@ class Service:
         first: dict[str, float] = {}
         open_requests = {request.id for request in job.requests}
         try:
-            async for delta in self.loop.stream(job.requests):
+            async for delta in self.loop.stream(job.requests, job.deadline):
                 now, request = time.monotonic(), delta.request
                 if request.id in last:
                     self.metrics.inter_token(job.label, now - last[request.id])
@@ -140,11 +195,11 @@ class Service:
             raise
 
     def models(self) -> list[dict[str, Any]]:
-        """The base, then each adapter as a bare name finds it. Called off the event loop."""
+        """The base, then each adapter of it as a bare name finds it. Called off the event loop."""
         aliases = self.registry.aliases()
+        found = [self.registry.resolve(newest.name) for newest in self.registry.list()]
         return [self._base_card()] + [
-            self._adapter_card(self.registry.resolve(newest.name), aliases.get(newest.name, {}))
-            for newest in self.registry.list()
+            self._adapter_card(version, aliases.get(version.name, {})) for version in found if self._is_ours(version)
         ]
 
     def model(self, name: str) -> dict[str, Any]:
@@ -199,6 +254,11 @@ class Service:
         except UnknownAdapter as error:  # it may have meant the base
             near = difflib.get_close_matches(name, [n for n in (error.nearest, self.base.id) if n], 1)
             raise UnknownAdapter(name, near[0] if near else error.nearest) from error
+
+    def _is_ours(self, version: Version) -> bool:
+        """Whether a version was made on the base that is served; its weights decide, where they are known."""
+        theirs = version.base
+        return theirs.fingerprint == self.base.fingerprint if theirs.fingerprint else theirs.id == self.base.id
 
     def _remember(self, version: Version) -> Version:
         self._versions[version.digest] = version

@@ -102,11 +102,12 @@ def test_the_objective_sits_on_a_bucket_edge(rules: list[dict], busy: Metrics):
 def test_the_error_budget_counts_every_code_that_is_the_servers_fault(rules: list[dict]):
     pytest.importorskip("torch", reason="pip install 'loraplex[serve]'")
     from loraplex_registry.errors import RegistryError
-    from loraplex_server.engine.errors import Overloaded
+    from loraplex_server.engine.errors import BrokenLogits, Overloaded
     from loraplex_server.loop import EngineStopped
     from loraplex_server.problems import problem
 
-    faults = [problem(kind.__new__(kind)) for kind in (Overloaded, RegistryError, EngineStopped, Exception)]
+    kinds = (Overloaded, RegistryError, EngineStopped, BrokenLogits, OSError, Exception)
+    faults = [problem(kind.__new__(kind)) for kind in kinds]
     assert {fault.status for fault in faults} == {429, 500, 503}
     for rule in rules:
         if codes := re.findall(r'code=~"([^"]+)"', rule["expr"]):

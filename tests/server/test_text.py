@@ -80,7 +80,7 @@ def test_penalties_count_what_was_generated():
     assert Sampler().sample([present], torch.tensor([[1.9, 0.0]])) == [1]
 
 
-@pytest.mark.parametrize(("name", "value"), [("temperature", float("nan")), ("max_tokens", 0), ("top_k", -1)])
+@pytest.mark.parametrize(("name", "value"), [("temperature", float("nan")), ("max_tokens", -1), ("top_k", -1)])
 def test_parameters_out_of_range_name_themselves(name, value):
     with pytest.raises(InvalidRequest, match=name) as caught:
         SamplingParams(**{name: value})

@@ -123,10 +123,10 @@ class DeviceAdapters:
         return self._held[key].layers.items()
 
     def _segments(self, batch: Batch, sampled: bool) -> list[Segment]:
-        """Who owns which tokens of the step, or which of those that are sampled from; None for the base's."""
+        """Who owns which tokens of the step, or which of those whose logits are kept; None for the base's."""
         segments, first = [], 0
         for key, rows in groupby(batch.rows, key=lambda row: row.request.adapter):
-            tokens = sum(row.samples if sampled else row.tokens for row in rows)
+            tokens = sum(row.kept if sampled else row.tokens for row in rows)
             name, slot = (None, -1) if key is None else (self._held[key].name, self._held[key].slot)
             segments.append(Segment(name, slot, first, first + tokens))
             first += tokens

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import accumulate
 
 from loraplex_server.engine.request import Request
 
@@ -14,12 +15,17 @@ class Row:
     start: int
     stop: int
     samples: bool  # it reaches the end of the sequence, so that a token can be sampled from it
+    kept: int  # how many of its tokens, at its end, have their logits looked at
 
     @classmethod
     def of(cls, request: Request, tokens: int) -> "Row":
         """``tokens`` more tokens of a request, from its first that is not in the cache."""
         start = request.computed_tokens
-        return cls(request, start, start + tokens, start + tokens == request.total_tokens)
+        stop = start + tokens
+        samples = stop == request.total_tokens
+        unscored = request.unscored_from
+        kept = int(samples) if unscored is None else max(int(samples), min(tokens, stop - unscored))
+        return cls(request, start, stop, samples, kept)
 
     @property
     def tokens(self) -> int:
@@ -42,3 +48,14 @@ class Batch:
     def adapters(self) -> frozenset[str | None]:
         """Whose rows these are: digests, and None for the base."""
         return frozenset(row.request.adapter for row in self.rows)
+
+    @property
+    def sampling(self) -> int:
+        """How many rows are sampled from."""
+        return sum(row.samples for row in self.rows)
+
+    @property
+    def sampled_from(self) -> list[int]:
+        """Where the logits that are sampled from lie among those that are kept."""
+        ends = accumulate(row.kept for row in self.rows)
+        return [end - 1 for end, row in zip(ends, self.rows, strict=True) if row.samples]

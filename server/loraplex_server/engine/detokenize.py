@@ -1,4 +1,7 @@
-"""Turns token ids into text as they come: whole UTF-8 characters only, and nothing of a stop string. Knows no torch."""
+"""Turns token ids into text: as they come, whole UTF-8 characters only and nothing of a stop string; or one by one.
+
+Knows no torch.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,22 +23,30 @@ class Detokenizer:
     tokenizer: PreTrainedTokenizerBase
     prompt_ids: Sequence[int]
     stop: tuple[str, ...] = ()
+    min_tokens: int = 0  # stop strings are looked for in what comes after these
     text: str = ""  # everything handed out so far
     stopped: bool = False
     _ids: list[int] = field(default_factory=list)
     _window: int = 0  # where decoding starts: text before it is settled
     _read: int = 0  # ids before this one are in _held or handed out
     _held: str = ""  # decoded, but it may be the start of a stop string
+    _taken: int = 0  # tokens taken
 
     def __post_init__(self) -> None:
         self._ids = list(self.prompt_ids[-_CONTEXT_TOKENS:])
         self._read = len(self._ids)
+
+    @property
+    def settled_characters(self) -> int:
+        """Where the text of the next token begins: characters handed out or held back, whole ones only."""
+        return len(self.text) + len(self._held)
 
     def add(self, token_ids: Sequence[int], final: bool = False) -> str:
         """Take more tokens and return the new certain text; ``final`` says that none will follow."""
         if self.stopped:
             return ""
         self._ids.extend(token_ids)
+        self._taken += len(token_ids)
         settled = self._decode(self._ids[self._window : self._read])
         decoded = self._decode(self._ids[self._window :])
         # A token without text stays in the window: alone it would be no context for the space of the next one.
@@ -45,18 +56,53 @@ class Detokenizer:
         return self._release(final)
 
     def _release(self, final: bool) -> str:
-        found = min((at for s in self.stop if (at := self._held.find(s)) >= 0), default=None)
+        stops = self.stop if self._taken > self.min_tokens else ()
+        found = min((at for s in stops if (at := self._held.find(s)) >= 0), default=None)
         if found is not None:
             self.stopped = True
             ready, self._held = self._held[:found], ""
         else:
-            keep = 0 if final else max((_overlap(self._held, s) for s in self.stop), default=0)
+            keep = 0 if final else max((_overlap(self._held, s) for s in stops), default=0)
             ready, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         self.text += ready
         return ready
 
     def _decode(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+class TokenTexts:
+    """What single tokens are called: their text as it stands within a line, each looked up once.
+
+    A token that is no whole text, such as half a character, goes by its name in the vocabulary.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._before = tokenizer.encode("a", add_special_tokens=False)[-1:]  # or a leading space would be lost
+        self._skipped = len(self._decode(self._before))
+        self._known: dict[int, str] = {}
+
+    def __call__(self, token_id: int) -> str:
+        """The text of a token."""
+        if token_id not in self._known:
+            text = self._decode([*self._before, token_id])[self._skipped :]
+            if not text or _BROKEN in text:
+                text = str(self._tokenizer.convert_ids_to_tokens(token_id) or f"token_id:{token_id}")
+            self._known[token_id] = text
+        return self._known[token_id]
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def text_offsets(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> list[int]:
+    """Where the text of each token begins in the text of all."""
+    detokenizer, offsets = Detokenizer(tokenizer, ()), []
+    for token_id in token_ids:
+        offsets.append(detokenizer.settled_characters)
+        detokenizer.add((token_id,))
+    return offsets
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -20,15 +20,16 @@ from loraplex_server.engine.attention import KVTensors
 from loraplex_server.engine.batch import Batch
 from loraplex_server.engine.config import EngineConfig
 from loraplex_server.engine.detokenize import Detokenizer
-from loraplex_server.engine.errors import AdapterRefused, InvalidRequest
+from loraplex_server.engine.errors import AdapterRefused, BaseUnusable, BrokenLogits, InvalidRequest
 from loraplex_server.engine.kv_cache import KVPages
 from loraplex_server.engine.lora import Routing
 from loraplex_server.engine.model import Base
 from loraplex_server.engine.quantized import choose_kernels
-from loraplex_server.engine.request import FinishReason, Request, SamplingParams
+from loraplex_server.engine.request import FinishReason, Request, SamplingParams, TokenScore
 from loraplex_server.engine.runner import make_runner
-from loraplex_server.engine.sampler import Sampler
+from loraplex_server.engine.sampler import BROKEN, Sampler
 from loraplex_server.engine.scheduler import Scheduler
+from loraplex_server.engine.scores import score_prompts, score_sampled
 from loraplex_server.kernels.native import native
 
 _REMEMBERED = 4  # times what the most rows can use: so much a prefix cache may hold
@@ -38,6 +39,8 @@ _REMEMBERED = 4  # times what the most rows can use: so much a prefix cache may 
 class Delta:
     """What a step gave one request: certain text, the token it came with, and why it ended, if it did.
 
+    ``score`` is the token's, where scores are wanted, and ``offset`` the characters of the answer before it.
+
     The request itself moves on while a delta is on its way to another thread: read the end from the delta.
     """
 
@@ -45,6 +48,8 @@ class Delta:
     text: str
     token_ids: tuple[int, ...] = ()
     finish_reason: FinishReason | None = None
+    score: TokenScore | None = None
+    offset: int = 0
 
     @property
     def finished(self) -> bool:
@@ -82,7 +87,10 @@ class Engine:
     ) -> None:
         self.base = base
         self.config = config = config or EngineConfig()
-        self.max_tokens = min(base.context_tokens, config.max_model_len or base.context_tokens)
+        self.max_tokens = config.max_model_len or base.context_tokens
+        if self.max_tokens > base.context_tokens:
+            most = f"expected at most {base.context_tokens}, the context of base {base.id}"
+            raise BaseUnusable(f"max_model_len is {self.max_tokens}, {most}")
         self.pages = _make_pages(base, config, self.max_tokens)
         choose_kernels(base.model, config.kernels, config.lean)
         self._runner = make_runner(
@@ -112,9 +120,9 @@ class Engine:
             lambda: {request.adapter for request in self.scheduler.waiting if request.adapter},
             config.max_host_bytes,
         )
-        self._sampler = Sampler()
-        self._detokenizers: dict[str, Detokenizer] = {}
         self._eos = base.eos_token_ids
+        self._sampler = Sampler(self._eos)
+        self._detokenizers: dict[str, Detokenizer] = {}
         self._ids = count()
         self._forward_seconds = 0.0  # of the last step
 
@@ -156,8 +164,9 @@ class Engine:
         for name, ids in named.items():
             if bad := next((i for i in ids if not 0 <= i < vocabulary), None):
                 raise InvalidRequest(f"{name} holds token id {bad}, expected ids from 0 to {vocabulary - 1}", name)
-        if prompt >= self.max_tokens:
-            raise InvalidRequest(f"prompt has {prompt} tokens, expected fewer than {self.max_tokens}", "prompt")
+        if prompt > self.max_tokens or (prompt == self.max_tokens and params.max_tokens):
+            most = "fewer than" if params.max_tokens else "at most"
+            raise InvalidRequest(f"prompt has {prompt} tokens, expected {most} {self.max_tokens}", "prompt")
         if wanted > self.max_tokens or not self.pages.fits_ever(request):
             most = min(self.max_tokens, self.pages.pages * self.pages.page_tokens)
             asked = f"{prompt} of the prompt and max_tokens {request.params.max_tokens}"
@@ -174,7 +183,10 @@ class Engine:
         """
         self.check(request)
         self.scheduler.add(request)
-        self._detokenizers[request.id] = Detokenizer(self.base.tokenizer, request.prompt_ids, request.params.stop)
+        params = request.params
+        self._detokenizers[request.id] = Detokenizer(
+            self.base.tokenizer, request.prompt_ids, params.stop, params.min_tokens
+        )
         if request.adapter is not None:
             self.residency.asked(request.adapter)
 
@@ -192,11 +204,11 @@ class Engine:
             return failed
         started = monotonic()
         try:
-            token_ids = self._forward_and_sample(batch)
+            tokens = self._forward_and_sample(batch)
         except Exception as error:  # this step's requests fail; the engine goes on
             return failed + [self._fail(row.request, error) for row in batch.rows]
         self._forward_seconds = monotonic() - started
-        return failed + self._finish(batch, token_ids)
+        return failed + self._finish(batch, tokens)
 
     def generate(
         self,
@@ -252,34 +264,45 @@ class Engine:
         self._runner.forget(request)
 
     @torch.no_grad()
-    def _forward_and_sample(self, batch: Batch) -> list[int]:
+    def _forward_and_sample(self, batch: Batch) -> list[tuple[int, TokenScore | None]]:
         now = monotonic()
         for row in batch.rows:
             row.request.started_at = row.request.started_at or now
         self.device.route(batch)
-        logits = self._runner.forward(self.device.model, batch)
-        return self._sampler.sample([row.request for row in batch.rows if row.samples], logits)
+        logits = self._runner.forward(self.device.model, batch)  # (kept tokens, vocabulary)
+        score_prompts(batch, logits)
+        if len(logits) != batch.sampling:
+            logits = logits[batch.sampled_from]
+        sampling = [row.request for row in batch.rows if row.samples]
+        token_ids = self._sampler.sample(sampling, logits)
+        return list(zip(token_ids, score_sampled(sampling, token_ids, logits), strict=True))
 
-    def _finish(self, batch: Batch, token_ids: list[int]) -> list[Delta]:
+    def _finish(self, batch: Batch, tokens: list[tuple[int, TokenScore | None]]) -> list[Delta]:
         """Take the sampled tokens into their requests, and end those that are complete."""
         sampling = [row.request for row in batch.rows if row.samples]
         for row in batch.rows:
             row.request.computed_tokens = row.stop
             self.pages.publish(row.request, row.start, row.stop)
-        return [self._extend(request, token_id) for request, token_id in zip(sampling, token_ids, strict=True)]
+        return [self._extend(request, *token) for request, token in zip(sampling, tokens, strict=True)]
 
-    def _extend(self, request: Request, token_id: int) -> Delta:
-        detokenizer = self._detokenizers[request.id]
-        if token_id in self._eos or token_id in request.params.stop_token_ids:
+    def _extend(self, request: Request, token_id: int, score: TokenScore | None) -> Delta:
+        if token_id == BROKEN:
+            return self._fail(request, BrokenLogits("the model's numbers overflowed: no next token can be chosen"))
+        params, detokenizer = request.params, self._detokenizers[request.id]
+        offset = detokenizer.settled_characters
+        if params.max_tokens == 0:  # the prompt was all that was asked for
+            self._end(request, FinishReason.LENGTH)
+            return Delta(request, "", finish_reason=FinishReason.LENGTH)
+        if (token_id in self._eos and not params.ignore_eos) or token_id in params.stop_token_ids:
             text, reason = detokenizer.add((), final=True), FinishReason.STOP
         else:
             request.output_ids.append(token_id)
-            last = len(request.output_ids) >= request.params.max_tokens
+            last = len(request.output_ids) >= params.max_tokens
             text = detokenizer.add((token_id,), final=last)
             reason = FinishReason.STOP if detokenizer.stopped else FinishReason.LENGTH if last else None
         if reason:
             self._end(request, reason)
-        return Delta(request, text, (token_id,), reason)
+        return Delta(request, text, (token_id,), reason, score, offset)
 
     def _fail(self, request: Request, error: Exception) -> Delta:
         request.error = error
@@ -298,5 +321,8 @@ class Engine:
 def _make_pages(base: Base, config: EngineConfig, max_tokens: int) -> KVPages:
     """As many pages as the byte budget holds, and no more than are of use: to the rows, and to who comes back."""
     page_bytes = config.page_tokens * KVTensors.bytes_per_token(base.model.config, base.dtype)
+    if config.kv_cache_bytes < page_bytes:
+        least = f"expected at least {page_bytes:,}, what {config.page_tokens} tokens take on this base"
+        raise BaseUnusable(f"kv_cache_bytes is {config.kv_cache_bytes:,}, {least}")
     useful = config.max_rows * -(-max_tokens // config.page_tokens) * (_REMEMBERED if config.prefix_cache else 1)
-    return KVPages(max(1, min(config.kv_cache_bytes // page_bytes, useful)), config.page_tokens)
+    return KVPages(min(config.kv_cache_bytes // page_bytes, useful), config.page_tokens)

@@ -5,7 +5,9 @@ EngineError
 ├── BaseUnusable(ValueError)     it is there, but cannot be loaded as asked (quantization, device, dtype)
 ├── InvalidRequest(ValueError)   the request can never be served; ``field`` names what is wrong with it
 ├── AdapterRefused(ValueError)   the adapter does not fit this base or this server; the reason says why
-└── Overloaded(RuntimeError)     the queue is full; try again later
+├── Overloaded(RuntimeError)     the queue is full; try again later
+├── BrokenLogits(ArithmeticError)   the model gave numbers that are not finite, so no token can be chosen
+└── DeadlinePassed(TimeoutError)     the request was not done in the time it was given
 """
 
 
@@ -35,3 +37,11 @@ class AdapterRefused(EngineError, ValueError):
 
 class Overloaded(EngineError, RuntimeError):
     """Too many requests are waiting."""
+
+
+class BrokenLogits(EngineError, ArithmeticError):
+    """The model gave logits that are not finite."""
+
+
+class DeadlinePassed(EngineError, TimeoutError):
+    """The request was not done in the time it was given."""

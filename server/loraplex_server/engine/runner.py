@@ -1,4 +1,4 @@
-"""Runs a batch through the model and returns the logits that are sampled from. Knows no adapters and no scheduling.
+"""Runs a batch through the model and returns the logits that are looked at. Knows no adapters and no scheduling.
 
 PagedRunner puts the rows of a step side by side in one forward. PlainRunner is the slow reference, one row after
 another through transformers' own cache: it serves every model whose cache it has seen to work, and the other is tested
@@ -28,7 +28,7 @@ class Runner(Protocol):
     paged: bool  # whether keys and values lie in KVPages, where requests can share them
 
     def forward(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-        """Logits of the last token of each row that samples: (sampling rows, vocabulary)."""
+        """Logits of the last ``kept`` tokens of each row, row after row: (kept tokens, vocabulary)."""
         ...
 
     def forget(self, request: Request) -> None:
@@ -90,21 +90,20 @@ class PagedRunner:
         positions: list[int] = []
         written: list[int] = []
         rows: list[RowSlots] = []
-        sampled: list[int] = []
+        kept: list[int] = []
         for row in batch.rows:
             context = self._pages.slots(row.request, 0, row.stop)
             rows.append(RowSlots(len(ids), len(ids) + row.tokens, self._tensor(context)))
             ids += row.request.token_ids[row.start : row.stop]
             positions += range(row.start, row.stop)
             written += context[row.start :]
-            if row.samples:
-                sampled.append(len(ids) - 1)
+            kept += range(len(ids) - row.kept, len(ids))
         self._step = PagedStep(self.kv, self._tensor(written), rows, self._pattern)
         return model(
             input_ids=self._tensor(ids)[None],
             position_ids=self._tensor(positions)[None],
             use_cache=False,
-            logits_to_keep=self._tensor(sampled),
+            logits_to_keep=self._tensor(kept),
             paged=self._step,
         ).logits[0]
 
@@ -138,9 +137,8 @@ class PlainRunner:
             ids = row.request.token_ids[start : row.stop]
             out, cache = _extend(model, ids, cache)
             self._caches[row.request.id] = cache, row.stop
-            if row.samples:
-                logits.append(out[-1])
-        return torch.stack(logits) if logits else torch.empty(0, model.config.vocab_size)
+            logits.append(out[len(out) - row.kept :])
+        return torch.cat(logits)
 
     def forget(self, request: Request) -> None:
         """See Runner."""
