@@ -13,6 +13,7 @@ from serving import serving
 
 import loraplex
 from loraplex import AsyncClient, Client, errors
+from loraplex.protocol import CompletionOptions
 
 from .test_cli import error_line, run, wait_until
 
@@ -132,3 +133,20 @@ def test_the_command(client: Client, served: Served):
         assert out == expected + "\n"
     assert re.search(r"^red +1 +production ", run("models", **env)[1], re.MULTILINE)
     assert "green" in error_line(run("complete", PROMPT, "--adapter", "gren", **env))
+
+
+def test_the_server_takes_every_typed_option(client: Client) -> None:
+    every: CompletionOptions = {
+        "adapter": "red", "model": "red", "max_tokens": 3, "temperature": 0.5, "top_p": 0.9, "top_k": 20, "min_p": 0.01,
+        "stop": ["never"], "seed": 1, "n": 2, "best_of": 3, "echo": True, "logprobs": 2, "logit_bias": {"0": -100},
+        "presence_penalty": 0.1, "frequency_penalty": 0.1, "repetition_penalty": 1.1, "suffix": "", "user": "me",
+        "extra_body": {"min_tokens": 3},
+    }  # fmt: skip
+    assert every.keys() == CompletionOptions.__annotations__.keys()
+    answer = client.complete(PROMPT, **every)
+    assert len(answer.choices) == 2
+    assert answer.usage
+    assert answer.usage.completion_tokens == 9
+    scored = answer.choices[0]["logprobs"]
+    assert len(scored["tokens"]) == answer.usage.prompt_tokens + 3
+    assert scored["token_logprobs"][0] is None

@@ -51,6 +51,8 @@ class CompletionOptions(TypedDict, total=False):
     max_tokens: int | None
     temperature: float | None
     top_p: float | None
+    top_k: int | None
+    min_p: float | None
     stop: str | Sequence[str] | None
     seed: int | None
     n: int | None
@@ -60,6 +62,7 @@ class CompletionOptions(TypedDict, total=False):
     logit_bias: Mapping[str, float] | None
     presence_penalty: float | None
     frequency_penalty: float | None
+    repetition_penalty: float | None
     suffix: str | None
     user: str | None
     extra_body: Mapping[str, Any] | None  # further fields, sent as they are
@@ -224,7 +227,10 @@ def _adapter_digest(call: Call, headers: Mapping[str, str]) -> str | None:
 
 def _usage(document: Mapping[str, Any]) -> Usage | None:
     usage = document.get("usage")
-    return usage and Usage(usage["prompt_tokens"], usage["completion_tokens"], usage["total_tokens"])
+    if not usage:
+        return None
+    cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+    return Usage(usage["prompt_tokens"], usage["completion_tokens"], usage["total_tokens"], cached)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ class Usage:
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    cached_tokens: int = 0  # of the prompt's, found computed already
 
 
 @dataclass(frozen=True, slots=True)
