@@ -43,12 +43,17 @@ def serve(tmp_path, base):
         yield start
 
 
+def within_a_moment(true) -> bool:
+    deadline = time.monotonic() + 2
+    while not true() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    return true()
+
+
 def idle(client) -> bool:
     """Whether all that was asked ends within a moment: thousands of steps would not."""
-    engine, deadline = client.app.state.service.engine, time.monotonic() + 1
-    while engine.has_work and time.monotonic() < deadline:
-        time.sleep(0.005)
-    return not engine.has_work and engine.pages.usage == 0
+    engine = client.app.state.service.engine
+    return within_a_moment(lambda: not engine.has_work) and engine.pages.usage == 0
 
 
 @pytest.mark.parametrize(
@@ -71,7 +76,7 @@ def test_time_that_is_over_is_408_and_nothing_runs_on(serve, options, body):
     error = answer.json()["error"]
     assert (error["code"], error["param"]) == ("timeout", None)
     assert "0.3 s" in error["message"]
-    assert 0.3 <= took < 3
+    assert 0.3 <= took < 5
     assert idle(client)
     name = body.get("adapter", "base")
     assert f'lora_request_errors_total{{adapter="{name}",code="timeout"}} 1.0' in client.get("/metrics").text
@@ -99,7 +104,7 @@ def test_waiting_counts(serve, monkeypatch):
         next(lines)
         queued = client.post("/v1/completions", json={**ENDLESS, "max_tokens": 1, "timeout": 0.2})
         assert queued.status_code == 408
-        assert len(client.app.state.service.engine.scheduler.waiting) == 0
+        assert within_a_moment(lambda: not client.app.state.service.engine.scheduler.waiting)
         assert next(line for line in lines if line), "the other goes on"
     assert idle(client)
     registry, let_go = client.app.state.service.registry, threading.Event()

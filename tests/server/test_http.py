@@ -441,6 +441,46 @@ def test_models_show_versions_digests_parents_and_aliases(serve, registry, base_
     assert client.get("/v1/models/red@production").json()["version"] == 1
 
 
+def test_models_lists_what_this_base_can_serve(serve, registry, tmp_path, base_folder):
+    """An adapter of another base was listed as if it could be asked for. By its name it is still found."""
+    stranger = make_base(tmp_path / "stranger", seed=4)
+    registry.push("stranger", make_adapter(tmp_path / "s", stranger), base=stranger)
+    client = serve()
+    assert [entry["id"] for entry in client.get("/v1/models").json()["data"]] == [str(base_folder), "green", "red"]
+    assert client.get("/v1/models/stranger").json()["parent"] == str(stranger)
+
+
+def test_answers_streams_and_errors_name_the_version_they_are_about(serve, registry, monkeypatch):
+    client = serve()
+    digest = registry.resolve("red").digest
+    said = [
+        client.post("/v1/completions", json={"prompt": "x", "adapter": "red", **more})
+        for more in ({}, {"stream": True}, {"max_tokens": 4000}, {"n": 2, "seed": 1}, {"timeout": 1e-6})
+    ]
+    assert [answer.status_code for answer in said] == [200, 200, 400, 200, 408]
+    for answer in said:
+        assert answer.headers["X-Loraplex-Adapter-Digest"] == digest
+        assert answer.headers["X-Loraplex-Adapter-Version"] == "1"
+    for body in ({"prompt": "x"}, {"prompt": "x", "adapter": "rad"}):
+        assert "X-Loraplex-Adapter-Digest" not in client.post("/v1/completions", json=body).headers
+
+
+def test_an_adapter_that_this_machine_cannot_read_is_503_and_not_our_mistake(serve, registry, monkeypatch):
+    """A full disk was answered 500, which says that the program is wrong."""
+    client = serve()
+
+    def full(digest, into):
+        raise OSError(28, "No space left on device", str(into))
+
+    monkeypatch.setattr(client.app.state.service.registry, "fetch", full)
+    answer = client.post("/v1/completions", json={"prompt": "x", "adapter": "red"})
+    assert answer.status_code == 503
+    assert int(answer.headers["Retry-After"]) >= 1
+    assert answer.json()["error"]["code"] == "adapter_unavailable"
+    assert "No space left" in answer.json()["error"]["message"]
+    assert text(client)
+
+
 def test_readiness_follows_health_and_the_registry(serve):
     client = serve()
     assert client.get("/health").json() == {"status": "ok"}
