@@ -64,9 +64,13 @@ async def _whole(service: Service, job: Job, body: CompletionBody, http: HttpReq
             scored = logprobs([*prompt.scores, *answer.scores], offsets, service.token_texts)
         return choice(index, text, request.finish_reason, scored)
 
+    def shape() -> Response:
+        choices = [told(i, request) for i, request in enumerate(job.best(answers))]
+        return JSONResponse(completion(_head(job), choices, usage(job.requests, job.sequences)))
+
     await _heard(http, collect())
-    choices = [told(i, request) for i, request in enumerate(job.best(answers))]
-    return JSONResponse(completion(_head(job), choices, usage(job.requests, job.sequences)))
+    # A name costs 10 µs the first time, and a long prompt has thousands of alternatives: not on the event loop.
+    return shape() if body.logprobs is None else await run_in_threadpool(shape)
 
 
 async def _streamed(service: Service, job: Job, body: CompletionBody, http: HttpRequest) -> Response:
@@ -94,7 +98,7 @@ async def _events(
                 if request.id not in prompts:
                     prompts[request.id] = service.prompt(job, request)
                     if body.echo:
-                        yield event(request, prompts[request.id], 0)
+                        yield await run_in_threadpool(event, request, prompts[request.id], 0)
                 if delta.text or delta.finished or delta.score:
                     said = Answer()
                     said.take(delta)
