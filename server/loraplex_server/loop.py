@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import suppress
 from queue import Empty, SimpleQueue
 from time import monotonic
+from typing import Any, TypeVar
 
 from loraplex_server.engine.engine import Delta, Engine
 from loraplex_server.engine.errors import DeadlinePassed
@@ -17,6 +18,7 @@ from loraplex_server.engine.request import FinishReason, Request
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 Deliver = Callable[[Delta | Exception], object]
 
 
@@ -99,6 +101,35 @@ class EngineLoop:
     def warm(self, key: str) -> None:
         """Begin to load an adapter that nobody asked for yet."""
         self._post(lambda: self.engine.residency.warm(key))
+
+    def release(self, key: str) -> None:
+        """Let an adapter be evicted again that was kept."""
+        with suppress(EngineStopped):
+            self._post(lambda: self.engine.residency.release(key))
+
+    async def ask(self, question: Callable[[Engine], T]) -> T:
+        """What a function of the engine gives, called on its thread between two steps.
+
+        Raises:
+            EngineStopped: it does not run.
+            Exception: what the function raised.
+        """
+        answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        loop = answer.get_loop()
+
+        def tell(set_answer: Callable[[Any], None], what: Any) -> None:
+            loop.call_soon_threadsafe(lambda: None if answer.done() else set_answer(what))
+
+        def call() -> None:
+            try:
+                if self._stopping:
+                    raise EngineStopped("the server is stopping")
+                tell(answer.set_result, question(self.engine))
+            except Exception as error:
+                tell(answer.set_exception, error)
+
+        self._post(call)
+        return await answer
 
     def _post(self, command: Callable[[], None]) -> None:
         with self._gate:

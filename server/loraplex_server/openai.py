@@ -124,23 +124,42 @@ class CompletionBody(BaseModel):
         )
 
 
+class AdapterBody(BaseModel):
+    """The body of POST /v1/load_lora_adapter and /v1/unload_lora_adapter, as vLLM names them."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    lora_name: str
+    pinned: bool = False
+    lora_path: str | None = None  # known, to be refused in so many words
+
+
+def parse_adapter(body: bytes) -> AdapterBody:
+    """Read the body of a request to load or unload an adapter.
+
+    Raises:
+        InvalidRequest: as parse_completion, and for a path: what is served comes from the registry.
+    """
+    data = _object(body, AdapterBody)
+    if "lora_path" in data:
+        told = "lora_path names a file of the caller's, which this server does not read"
+        raise InvalidRequest(
+            f"{told}; push the adapter to the registry and give its reference as lora_name", "lora_path"
+        )
+    if "lora_name" not in data:
+        raise InvalidRequest("lora_name is missing, expected a reference to an adapter", "lora_name")
+    try:
+        return AdapterBody.model_validate(data)
+    except ValidationError as error:
+        raise _first(error, data) from error
+
+
 def parse_completion(body: bytes) -> CompletionBody:
     """Read a request body.
 
     Raises:
         InvalidRequest: not a JSON object, an unknown field (the nearest is named), a wrong type, a value out of range.
     """
-    try:
-        data = from_json(body)  # unlike json, it refuses half a surrogate pair, which no UTF-8 can carry
-    except ValueError as error:
-        raise InvalidRequest(f"the body is not valid JSON: {error}", "body") from error
-    if not isinstance(data, dict):
-        raise InvalidRequest(f"the body is a JSON {type(data).__name__}, expected an object", "body")
-    data = {key: value for key, value in data.items() if value is not None}
-    for name in data.keys() - CompletionBody.model_fields.keys():
-        near = difflib.get_close_matches(name[:80], CompletionBody.model_fields, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise InvalidRequest(f"unrecognized field {name[:80]!r}{hint}", name[:80])
+    data = _object(body, CompletionBody)
     for name, neutral in _NOT_YET.items():
         if data.get(name) not in neutral:
             raise InvalidRequest(f"{name} is {data[name]!r}, which this server does not support; leave it out", name)
@@ -152,6 +171,22 @@ def parse_completion(body: bytes) -> CompletionBody:
         raise _first(error, data) from error
     _check_sizes(parsed)
     return parsed
+
+
+def _object(body: bytes, known: type[BaseModel]) -> dict[str, Any]:
+    """The fields that are given, all of them known."""
+    try:
+        data = from_json(body)  # unlike json, it refuses half a surrogate pair, which no UTF-8 can carry
+    except ValueError as error:
+        raise InvalidRequest(f"the body is not valid JSON: {error}", "body") from error
+    if not isinstance(data, dict):
+        raise InvalidRequest(f"the body is a JSON {type(data).__name__}, expected an object", "body")
+    data = {key: value for key, value in data.items() if value is not None}
+    for name in data.keys() - known.model_fields.keys():
+        near = difflib.get_close_matches(name[:80], known.model_fields, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise InvalidRequest(f"unrecognized field {name[:80]!r}{hint}", name[:80])
+    return data
 
 
 def _first(error: ValidationError, data: dict[str, Any]) -> InvalidRequest:

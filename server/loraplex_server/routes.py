@@ -14,10 +14,21 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from loraplex_registry.version import Version
 from loraplex_server.engine.engine import Delta
+from loraplex_server.engine.errors import InvalidRequest
 from loraplex_server.engine.request import Request
 from loraplex_server.metrics import CONTENT_TYPE, UNKNOWN
-from loraplex_server.openai import CompletionBody, choice, completion, logprobs, parse_completion, usage
+from loraplex_server.openai import (
+    AdapterBody,
+    CompletionBody,
+    choice,
+    completion,
+    logprobs,
+    parse_adapter,
+    parse_completion,
+    usage,
+)
 from loraplex_server.problems import TooLarge, problem
 from loraplex_server.service import Answer, Job, Service
 
@@ -170,6 +181,43 @@ async def _from_registry(service: Service, ask: Callable[..., T], *args: Any) ->
     return await run_sync(ask, *args, limiter=service.registry_threads)
 
 
+async def load_adapter(http: HttpRequest) -> Response:
+    """POST /v1/load_lora_adapter: answered when the adapter is in host memory."""
+
+    async def act(service: Service, body: AdapterBody, version: Version) -> dict[str, Any]:
+        await _heard(http, service.load(version, body.pinned))
+        return {"loaded": True, "pinned": body.pinned}
+
+    return await _with_adapter(http, act)
+
+
+async def unload_adapter(http: HttpRequest) -> Response:
+    """POST /v1/unload_lora_adapter."""
+
+    async def act(service: Service, body: AdapterBody, version: Version) -> dict[str, Any]:
+        if body.pinned:
+            raise InvalidRequest("pinned is given, but an adapter that is unloaded is not kept; leave it out", "pinned")
+        return {"unloaded": await service.unload(version)}
+
+    return await _with_adapter(http, act)
+
+
+async def _with_adapter(
+    http: HttpRequest, act: Callable[[Service, AdapterBody, Version], Awaitable[dict[str, Any]]]
+) -> Response:
+    service: Service = http.app.state.service
+    try:
+        body = parse_adapter(await _read(http))
+        version = await _from_registry(service, service.find, body.lora_name)
+        done = await act(service, body, version)
+    except ClientDisconnect:
+        return Response(status_code=499)
+    except Exception as error:
+        return problem(error, "lora_name").response()
+    named = {"lora_name": body.lora_name, "adapter": str(version), "adapter_digest": version.digest}
+    return JSONResponse({**named, **done})
+
+
 async def models(http: HttpRequest) -> Response:
     """GET /v1/models."""
     service: Service = http.app.state.service
@@ -221,6 +269,8 @@ async def routing(http: HttpRequest) -> Response:
 
 ROUTES = [
     Route("/v1/completions", completions, methods=["POST"]),
+    Route("/v1/load_lora_adapter", load_adapter, methods=["POST"]),
+    Route("/v1/unload_lora_adapter", unload_adapter, methods=["POST"]),
     Route("/v1/models", models),
     Route("/v1/models/{name:path}", model),
     Route("/health", health),

@@ -17,7 +17,7 @@ from anyio import CapacityLimiter
 from loraplex_registry.errors import UnknownAdapter
 from loraplex_registry.version import Version
 from loraplex_server.engine.detokenize import TokenTexts, text_offsets
-from loraplex_server.engine.engine import Delta
+from loraplex_server.engine.engine import Delta, Engine
 from loraplex_server.engine.errors import InvalidRequest
 from loraplex_server.engine.request import FinishReason, Request, TokenScore
 from loraplex_server.loop import EngineLoop
@@ -25,6 +25,7 @@ from loraplex_server.metrics import BASE, Metrics, ServedVersion, Snapshot
 from loraplex_server.openai import CompletionBody
 from loraplex_server.watch import RegistrySource, RegistryWatch
 
+_LOAD_POLL_SECONDS = 0.02
 REGISTRY_THREADS = 32  # apart from all others, so that a registry that hangs holds up its own callers alone
 
 
@@ -193,6 +194,47 @@ class Service:
                 if request.id in open_requests:
                     self._finished(job, request, first.get(request.id), FinishReason.ABORT)
             raise
+
+    def find(self, ref: str) -> Version:
+        """The version that a reference names now. Called off the event loop. Raises RegistryError."""
+        return self._remember(self.registry.resolve(ref))
+
+    async def load(self, version: Version, pinned: bool) -> None:
+        """Bring an adapter to host memory and wait until it is there; ``pinned``: and keep it.
+
+        Raises:
+            AdapterRefused: it does not fit, or too many are kept already.
+            Exception: what its load raised.
+        """
+
+        def begin(engine: Engine) -> None:
+            (engine.residency.keep if pinned else engine.residency.warm)(version.digest)
+
+        def is_there(engine: Engine) -> bool:
+            residency = engine.residency
+            residency.collect()
+            if version.digest not in residency.in_host and version.digest not in residency.loading:
+                residency.want(version.digest)  # raises what became of it
+            return version.digest in residency.in_host
+
+        await self.loop.ask(begin)
+        try:
+            while not await self.loop.ask(is_there):
+                await asyncio.sleep(_LOAD_POLL_SECONDS)
+        except BaseException:  # one that never came is not kept
+            if pinned:
+                self.loop.release(version.digest)
+            raise
+
+    async def unload(self, version: Version) -> bool:
+        """Free an adapter's memory, with the last request that runs with it; says whether it held any."""
+
+        def drop(engine: Engine) -> bool:
+            held = version.digest in (*engine.residency.in_host, *engine.residency.loading)
+            engine.residency.unload(version.digest)
+            return held
+
+        return await self.loop.ask(drop)
 
     def models(self) -> list[dict[str, Any]]:
         """The base, then each adapter of it as a bare name finds it. Called off the event loop."""
