@@ -86,6 +86,8 @@ def engine_for(folder, recorder=None, routes=None, **config) -> Engine:
         ("mistral", {}),
         ("qwen2", {}),
         ("qwen3", {}),
+        ("mistral-window", {}),
+        ("gemma2", {}),
     ],
     ids=lambda v: v if isinstance(v, str) else "-".join(v),
 )
