@@ -93,8 +93,14 @@ class Engine:
             raise BaseUnusable(f"max_model_len is {self.max_tokens}, {most}")
         self.pages = _make_pages(base, config, self.max_tokens)
         choose_kernels(base.model, config.kernels, config.lean)
+        on_cpu = base.model.device.type == "cpu"
+        kernels = config.kernels and on_cpu and base.dtype == torch.bfloat16 and bool(native())
+        lora_dtype = torch.float32 if on_cpu and not kernels else base.dtype
+        by_triton = config.kernels and not on_cpu
+        routing = Routing(config.max_loras, config.max_rank, kernels, lora_dtype if by_triton else None)
+        graph_rows = config.max_rows if config.cuda_graphs else 0
         self._runner = make_runner(
-            base.model, self.pages, config.paged, config.max_rows if config.cuda_graphs else 0, self.max_tokens
+            base.model, self.pages, config.paged, graph_rows, self.max_tokens, routing if by_triton else None
         )
         self.pages.share = config.prefix_cache and self._runner.paged
         self.scheduler = Scheduler(
@@ -102,13 +108,7 @@ class Engine:
         )
         self._folders: dict[str, Path] = {}  # of adapters that were added by hand
         self._fetch = load
-        kernels = config.kernels and base.model.device.type == "cpu" and base.dtype == torch.bfloat16 and bool(native())
-        self.device = DeviceAdapters(
-            base.model,
-            config.max_loras,
-            torch.bfloat16 if kernels else torch.float32,
-            Routing(config.max_loras, config.max_rank, kernels),
-        )
+        self.device = DeviceAdapters(base.model, config.max_loras, lora_dtype, routing)
         self.residency = Residency(
             self.device,
             self._load,

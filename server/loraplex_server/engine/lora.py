@@ -5,7 +5,9 @@ where there is a kernel for the layer; else adapter by adapter through peft's mo
 through peft untouched. Knows names, slots and tokens, not requests.
 """
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,7 +15,9 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from loraplex_server.engine.batch import Batch
 from loraplex_server.engine.lora_table import LoraTable
+from loraplex_server.engine.triton_lora import add_lora
 from loraplex_server.kernels.native import addresses, native
 
 RUN_TOKENS = 4  # the most that the kernel takes at once; see kernels/lora.c
@@ -41,6 +45,25 @@ class Along:
             for first in range(start, last, RUN_TOKENS)
         ]
         self.runs = torch.tensor(runs, dtype=torch.int32)  # (runs, 3): first token, tokens, slot
+        self._slots: torch.Tensor | None = None
+
+    @property
+    def by_token(self) -> list[int]:
+        """The slot of each token."""
+        return [segment.slot for segment in self.segments for _ in range(segment.first, segment.last)]
+
+    def slots(self, device: torch.device) -> torch.Tensor:
+        """The same on the device, (tokens,) int32; made by the first layer that asks."""
+        if self._slots is None:
+            self._slots = torch.tensor(self.by_token, dtype=torch.int32).to(device, non_blocking=True)
+        return self._slots
+
+
+@dataclass
+class _Bound:
+    """Where a CUDA graph that is being captured reads its tokens' slots; None: the base alone."""
+
+    slots: torch.Tensor | None
 
 
 @dataclass
@@ -54,8 +77,14 @@ class _Layer:
 class Routing:
     """What every layer of one model looks at: the segments of the step, and who lies in which of ``slots`` slots."""
 
-    def __init__(self, slots: int, max_rank: int = 0, kernels: bool = False) -> None:
+    def __init__(
+        self, slots: int, max_rank: int = 0, kernels: bool = False, triton_dtype: torch.dtype | None = None
+    ) -> None:
         self._slots, self._max_rank, self._kernels = slots, max_rank, kernels
+        self._triton_dtype = triton_dtype  # of LoRA weights that go by the Triton kernels; None: they are not used
+        self.generation = 0  # see cuda_graphs.Routes
+        self._bound: _Bound | None = None
+        self._elsewhere: Counter[int] = Counter()  # by slot: layers that hold the adapter outside their tables
         self._layers: dict[LoraLayer, _Layer] = {}
         self._mixed = False
         self._tokens = self._kept = Along([Segment(None, -1, 0, 1)])
@@ -68,6 +97,7 @@ class Routing:
     def attach(self, layer: Any) -> None:
         """Make a LoRA layer look here."""
         self._layers[layer] = known = _Layer(self._table(layer), set())
+        self.generation += 1
         layer.forward = self._forward(layer, layer.forward, known)
 
     def filled(self, layer: Any, slot: int, name: str) -> None:
@@ -75,19 +105,38 @@ class Routing:
         known = self._layers[layer]
         if known.table is None or not _is_plain(layer, name, known.table.dtype):
             known.others.add(slot)
+            self._elsewhere[slot] += 1
             return
         a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
-        across = b.data.t().contiguous()  # as the kernel reads it; peft's module sees the same memory the other way
-        layer.lora_B[name].weight = nn.Parameter(across.t(), requires_grad=False)
+        across = b
+        if self._triton_dtype is None:
+            across = b.data.t().contiguous()  # as the kernel reads it; peft's module sees the same memory the other way
+            layer.lora_B[name].weight = nn.Parameter(across.t(), requires_grad=False)
         known.table.a[slot], known.table.b[slot] = addresses(a, across)
         known.table.rank[slot], known.table.scaling[slot] = a.shape[0], layer.scaling[name]
 
     def cleared(self, layer: LoraLayer, slot: int) -> None:
         """A layer has lost the weights of the adapter in ``slot``."""
         known = self._layers[layer]
-        known.others.discard(slot)
+        if slot in known.others:
+            known.others.remove(slot)
+            self._elsewhere[slot] -= 1
         if known.table:
             known.table.rank[slot] = 0
+
+    def slots_of(self, batch: Batch) -> list[int] | None:
+        """See cuda_graphs.Routes."""
+        slots = self._tokens.by_token
+        return None if any(self._elsewhere[slot] for slot in set(slots)) else slots
+
+    @contextmanager
+    def bound(self, slots: torch.Tensor | None) -> Iterator[None]:
+        """See cuda_graphs.Routes."""
+        self._bound = _Bound(slots)
+        try:
+            yield
+        finally:
+            self._bound = None
 
     def _along(self, length: int) -> Along:
         """Who owns an activation with ``length`` tokens."""
@@ -95,6 +144,11 @@ class Routing:
 
     def _table(self, layer: Any) -> LoraTable | None:
         """An empty table, if the kernel can serve the layer."""
+        if self._triton_dtype is not None:
+            device = layer.get_base_layer().weight.device
+            a, b = torch.zeros(2, self._slots, dtype=torch.int64, device=device)
+            rank = torch.zeros(self._slots, dtype=torch.int32, device=device)
+            return LoraTable(a, b, rank, torch.zeros(self._slots, device=device), self._triton_dtype, self._max_rank)
         if not self._kernels or layer.in_features % 32 or layer.out_features % 64:
             return None
         a, b = torch.zeros(2, self._slots, dtype=torch.int64)
@@ -105,6 +159,17 @@ class Routing:
         """``alone`` is peft's forward of the layer."""
 
         def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:  # (…, tokens, in) → (…, tokens, out)
+            if self._bound:
+                result = layer.base_layer(x, *args, **kwargs)
+                if self._bound.slots is not None and known.table:
+                    add_by_slots(result, x, self._bound.slots, known.table)
+                return result
+            if known.table and not known.others and self._triton_dtype is not None:
+                result = layer.base_layer(x, *args, **kwargs)
+                along = self._along(x.shape[-2])
+                if len(along.runs):
+                    add_by_slots(result, x, along.slots(x.device), known.table)
+                return result
             if known.table and not known.others and x.dtype == torch.bfloat16:
                 result = layer.base_layer(x, *args, **kwargs)
                 add_by_kernel(result, x, self._along(x.shape[-2]), known.table)
@@ -130,6 +195,11 @@ def add_by_kernel(out: torch.Tensor, x: torch.Tensor, along: Along, table: LoraT
         *addresses(table.a, table.b, table.rank, table.scaling),
         *(along.tokens, inputs, outputs, table.max_rank),
     )
+
+
+def add_by_slots(out: torch.Tensor, x: torch.Tensor, slots: torch.Tensor, table: LoraTable) -> None:
+    """The same by the Triton kernels, given the slot of each token."""
+    add_lora(out.view(-1, out.shape[-1]), x.reshape(-1, x.shape[-1]), slots, table)
 
 
 def add_by_peft(out: torch.Tensor, x: torch.Tensor, along: Along, layer: Any) -> None:
