@@ -197,7 +197,7 @@ class Bench:
             self.runner = GraphRunner(self.runner, self.pages, 16, 256, self.routes, self.recorder)
         self.requests = [Request(f"{i}", [9, 8, 7 + i], GREEDY, a) for i, a in enumerate(adapters)]
         for request in self.requests:
-            self.pages.allocate(request)
+            assert self.pages.admit(request, 0)  # a page: more than these requests grow to
         self.step(3)
 
     @torch.no_grad()
