@@ -68,7 +68,8 @@ def _serve(options: dict[str, Any]) -> None:
     click.echo(f"loading {config.base} ({config.quantization}) …")
     app = _app(config)
     base, registry = app.state.service.base, app.state.service.registry
-    click.echo(f"base {base.id} on {base.device.type}, {base.quantization}, {base.fingerprint[:19]}")
+    kernels = app.state.service.engine.backend.name
+    click.echo(f"base {base.id} on {base.device.type}, {base.quantization}, {kernels}, {base.fingerprint[:19]}")
     click.echo(f"registry {getattr(registry, 'root', config.registry)}, {len(registry.list())} adapters")
     host = f"[{config.host}]" if ":" in config.host else config.host
     click.echo(f"listening on http://{host}:{listener.getsockname()[1]}")

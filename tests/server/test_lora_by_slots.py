@@ -9,6 +9,7 @@ from loraplex_server.engine.cuda_graphs import GraphRunner
 from loraplex_server.engine.lora import Routing
 from loraplex_server.engine.model import load_base
 from loraplex_server.engine.request import SamplingParams
+from loraplex_server.engine.triton_lora import TritonLora
 
 GREEDY = SamplingParams(max_tokens=5, temperature=0)
 PROMPTS = ["the quick", "fox?", "again and again: the lazy brown dog", "a"]
@@ -19,7 +20,7 @@ def engine_for(folder, adapters, monkeypatch, triton: bool):
     made = []
 
     def routing(slots, max_rank, *_) -> Routing:
-        made.append(Routing(slots, max_rank, False, torch.float32 if triton else None))
+        made.append(Routing(slots, max_rank, TritonLora(torch.float32) if triton else None))
         return made[-1]
 
     monkeypatch.setattr(engines, "Routing", routing)
@@ -42,7 +43,7 @@ def test_the_tokens_are_those_of_pefts_layers(base_folder, adapter_folders, monk
 
         def capture(run):
             """Not a recording: Python runs again, but the layers read the buffer that was bound, as a graph would."""
-            bound, config = routing._bound.slots, engine.base.model.config
+            bound, config = routing._bound._slots, engine.base.model.config
             decoding = config._attn_implementation
             out = run()
 

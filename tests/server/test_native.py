@@ -5,7 +5,8 @@ import subprocess
 import pytest
 import torch
 
-from loraplex_server.engine.lora import Along, Segment, add_by_kernel
+from loraplex_server.engine.amx_lora import AmxLora
+from loraplex_server.engine.lora import Along, Segment
 from loraplex_server.engine.lora_table import LoraTable
 from loraplex_server.kernels import native as module
 from loraplex_server.kernels.native import addresses, build, native
@@ -31,7 +32,7 @@ def test_lora_of_many_adapters_is_what_each_gives_alone(inputs, outputs):
         first += tokens
     x, before = random(1, first, inputs, seed=3), random(1, first, outputs, seed=4)
     out, expected = before.clone(), before.float()
-    add_by_kernel(out, x, Along(segments), table)
+    AmxLora().add(out, x, Along(segments), table)
     for _, slot, start, stop in segments:
         if slot >= 0:
             a, b = weights[slot]
@@ -41,7 +42,8 @@ def test_lora_of_many_adapters_is_what_each_gives_alone(inputs, outputs):
     assert torch.equal(out[0, untouched], before[0, untouched])
     for _, slot, start, stop in segments:  # the same bits alone
         alone = before[:, start:stop].clone()
-        add_by_kernel(alone, x[:, start:stop].contiguous(), Along([Segment("x", slot, 0, stop - start)]), table)
+        if slot >= 0:
+            AmxLora().add(alone, x[:, start:stop], Along([Segment("x", slot, 0, stop - start)]), table)
         assert torch.equal(alone, out[:, start:stop])
 
 
@@ -52,10 +54,11 @@ def test_attention_over_paged_keys_is_torch_s(heads, kv_heads, width):
     keys, values = random(64, kv_heads, width, seed=1), random(64, kv_heads, width, seed=2)
     query, tokens = random(9, heads, width, seed=3), torch.tensor([7, 0, 3, 4])
     contexts = [torch.randperm(64, generator=torch.Generator().manual_seed(n))[:n] for n in lengths]
-    starts, context = torch.tensor([0, *lengths]).cumsum(0), torch.cat(contexts)
+    slots = torch.nn.utils.rnn.pad_sequence(contexts, batch_first=True, padding_value=2**40)
+    seen_tokens = torch.tensor(lengths)
     out = torch.full_like(query, 9)
     native().library.attend(
-        *addresses(out, query, keys, values, context, starts, tokens), 4, heads, kv_heads, width, 0.1
+        *addresses(out, query, keys, values, slots, seen_tokens, tokens), 4, max(lengths), heads, kv_heads, width, 0.1
     )
     for token, seen in zip(tokens, contexts, strict=True):
         expected = torch.nn.functional.scaled_dot_product_attention(

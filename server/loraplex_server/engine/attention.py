@@ -15,6 +15,7 @@ from transformers import AttentionInterface
 from transformers.configuration_utils import PreTrainedConfig
 
 from loraplex_server.engine.errors import BaseUnusable
+from loraplex_server.kernels.native import addresses, native
 
 NAME = "loraplex_paged"
 
@@ -68,17 +69,26 @@ class RowSlots:
 class Block:
     """Rows that attend in one call: the same number of tokens each, their contexts padded to one length."""
 
-    place: slice | torch.Tensor  # their tokens in the flat token axis, row after row
+    place: Any  # a slice or a tensor: their tokens in the flat token axis, row after row
     slots: torch.Tensor  # (rows, seen) of the cache; a short context is filled up with its own last slot
     mask: torch.Tensor | None  # bool (rows, 1, tokens, seen): what is seen; or float (rows, heads, tokens, seen): added
+    lengths: torch.Tensor | None = None  # (rows,): of single tokens, instead of a mask for the kernel
     causal: bool = False  # instead of a mask: the tokens are the whole sequence, each sees itself and those before
 
 
 class PagedStep:
     """What attention must know about a step, made once for all layers."""
 
-    def __init__(self, kv: KVTensors, written: torch.Tensor, rows: Sequence[RowSlots], pattern: Pattern) -> None:
+    def __init__(
+        self,
+        kv: KVTensors,
+        written: torch.Tensor,
+        rows: Sequence[RowSlots],
+        pattern: Pattern,
+        kernels: bool = False,  # single tokens may go by our kernel
+    ) -> None:
         self.kv = kv
+        self.kernels = kernels and kv.keys[0].shape[-1] % 32 == 0
         self.written = written  # (tokens,) slot of each token of the step
         self._windows = pattern.windows
         self._blocks = {window: list(_blocks(rows, window)) for window in set(pattern.windows)}
@@ -115,11 +125,14 @@ def paged_attention(
     assert attention_mask is None  # transformers makes none for an attention it does not know
     assert not sliding_window or sliding_window == paged.window(layer)
     keys, values = paged.kv.keys[layer], paged.kv.values[layer]
-    keys[paged.written] = key[0].transpose(0, 1)
-    values[paged.written] = value[0].transpose(0, 1)
-    flat = query[0].transpose(0, 1)  # (tokens, heads, head_dim)
-    out = torch.empty_like(flat, memory_format=torch.contiguous_format)
+    keys.index_copy_(0, paged.written, key[0].transpose(0, 1))
+    values.index_copy_(0, paged.written, value[0].transpose(0, 1))
+    flat = query[0].transpose(0, 1).contiguous()  # (tokens, heads, head_dim)
+    out = torch.empty_like(flat)
     for block in paged.blocks(layer):
+        if paged.kernels and block.lengths is not None and softcap is None:
+            attend_by_kernel(out, flat, keys, values, block, scaling)
+            continue
         asked = flat[block.place].unflatten(0, (len(block.slots), -1)).transpose(1, 2)
         seen = keys[block.slots].transpose(1, 2), values[block.slots].transpose(1, 2)
         out[block.place] = (
@@ -147,6 +160,23 @@ def attend(
         return scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scaling).view(query.shape)
     return scaled_dot_product_attention(
         query, keys, values, attn_mask=mask, is_causal=causal, scale=scaling, enable_gqa=kv_heads != heads
+    )
+
+
+def attend_by_kernel(
+    out: torch.Tensor,  # (tokens, heads, head_dim), written where the block's tokens are
+    query: torch.Tensor,  # (tokens, heads, head_dim)
+    keys: torch.Tensor,  # (slots, kv_heads, head_dim)
+    values: torch.Tensor,
+    block: Block,  # of single tokens
+    scaling: float | None,
+) -> None:
+    """`attend` for single tokens, in bfloat16 on a CPU with AMX: nothing is gathered and nothing padded."""
+    rows, most = block.slots.shape
+    _, heads, width = query.shape
+    native().library.attend(  # pyright: ignore[reportOptionalMemberAccess]
+        *addresses(out, query, keys, values, block.slots, block.lengths, block.place),
+        *(rows, most, heads, keys.shape[1], width, width**-0.5 if scaling is None else scaling),
     )
 
 
@@ -206,7 +236,7 @@ def _decode(rows: list[RowSlots], window: int | None) -> Block:
     starts = lengths.cumsum(0) - lengths
     slots = torch.cat(contexts)[starts + torch.minimum(positions, lengths - 1)]  # (rows, seen)
     padded = len({len(context) for context in contexts}) > 1
-    return Block(place, slots, (positions < lengths)[:, None, None] if padded else None)
+    return Block(place, slots, (positions < lengths)[:, None, None] if padded else None, lengths[:, 0])
 
 
 def _sloped(block: Block, slopes: torch.Tensor, dtype: torch.dtype) -> Block:

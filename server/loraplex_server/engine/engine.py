@@ -17,6 +17,7 @@ from loraplex_server.adapters.device import DeviceAdapters
 from loraplex_server.adapters.host import HostAdapter, read_adapter
 from loraplex_server.adapters.residency import Observer, Place, Residency, Unobserved
 from loraplex_server.engine.attention import KVTensors
+from loraplex_server.engine.backend import prepare
 from loraplex_server.engine.batch import Batch
 from loraplex_server.engine.config import EngineConfig
 from loraplex_server.engine.detokenize import Detokenizer
@@ -24,13 +25,11 @@ from loraplex_server.engine.errors import AdapterRefused, BaseUnusable, BrokenLo
 from loraplex_server.engine.kv_cache import KVPages
 from loraplex_server.engine.lora import Routing
 from loraplex_server.engine.model import Base
-from loraplex_server.engine.quantized import choose_kernels
 from loraplex_server.engine.request import FinishReason, Request, SamplingParams, TokenScore
 from loraplex_server.engine.runner import make_runner
 from loraplex_server.engine.sampler import BROKEN, Sampler
 from loraplex_server.engine.scheduler import Scheduler
 from loraplex_server.engine.scores import score_prompts, score_sampled
-from loraplex_server.kernels.native import native
 
 _REMEMBERED = 4  # times what the most rows can use: so much a prefix cache may hold
 
@@ -92,15 +91,11 @@ class Engine:
             most = f"expected at most {base.context_tokens}, the context of base {base.id}"
             raise BaseUnusable(f"max_model_len is {self.max_tokens}, {most}")
         self.pages = _make_pages(base, config, self.max_tokens)
-        choose_kernels(base.model, config.kernels, config.lean)
-        on_cpu = base.model.device.type == "cpu"
-        kernels = config.kernels and on_cpu and base.dtype == torch.bfloat16 and bool(native())
-        lora_dtype = torch.float32 if on_cpu and not kernels else base.dtype
-        by_triton = config.kernels and not on_cpu
-        routing = Routing(config.max_loras, config.max_rank, kernels, lora_dtype if by_triton else None)
-        graph_rows = config.max_rows if config.cuda_graphs else 0
+        self.backend = backend = prepare(base, config)
+        routing = Routing(config.max_loras, config.max_rank, backend.lora)
+        graph_rows = config.max_rows if backend.cuda and config.cuda_graphs else 0
         self._runner = make_runner(
-            base.model, self.pages, config.paged, graph_rows, self.max_tokens, routing if by_triton else None
+            base.model, self.pages, config.paged, graph_rows, self.max_tokens, routing, backend.amx
         )
         self.pages.share = config.prefix_cache and self._runner.paged
         self.scheduler = Scheduler(
@@ -108,7 +103,7 @@ class Engine:
         )
         self._folders: dict[str, Path] = {}  # of adapters that were added by hand
         self._fetch = load
-        self.device = DeviceAdapters(base.model, config.max_loras, lora_dtype, routing)
+        self.device = DeviceAdapters(base.model, config.max_loras, backend.lora_dtype, routing)
         self.residency = Residency(
             self.device,
             self._load,

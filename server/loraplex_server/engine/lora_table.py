@@ -4,6 +4,7 @@ The tables are written when an adapter comes or goes, never by a step. Knows no 
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -22,3 +23,15 @@ class LoraTable:
     scaling: torch.Tensor  # (slots,) float32
     dtype: torch.dtype  # of every A and B
     max_rank: int  # no rank is higher; a captured CUDA graph holds on to it
+
+    @classmethod
+    def empty(cls, slots: int, dtype: torch.dtype, max_rank: int, device: torch.device) -> "LoraTable":
+        """A table in which no slot has anything."""
+        a, b = torch.zeros(2, slots, dtype=torch.int64, device=device)
+        rank = torch.zeros(slots, dtype=torch.int32, device=device)
+        return cls(a, b, rank, torch.zeros(slots, device=device), dtype, max_rank)
+
+    @cached_property
+    def addresses(self) -> tuple[int, ...]:
+        """Where a, b, rank and scaling lie, which never changes."""
+        return tuple(tensor.data_ptr() for tensor in (self.a, self.b, self.rank, self.scaling))

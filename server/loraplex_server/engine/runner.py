@@ -43,18 +43,19 @@ def make_runner(
     graph_rows: int = 0,
     max_tokens: int = 0,
     routes: Routes | None = None,
+    kernels: bool = False,
 ) -> Runner:
     """The fastest runner that is right for this model; ``paged`` False asks for the slow reference.
 
     Decode steps of up to ``graph_rows`` rows, of up to ``max_tokens`` tokens each, go by CUDA graphs where they can;
-    those with adapters too, if ``routes`` can tell their slots.
+    those with adapters too, if ``routes`` can tell their slots. ``kernels``: use ours for a CPU with AMX.
 
     Raises:
         BaseUnusable: the model does not go on from its own cache.
     """
     if paged is False or not can_page(model):
         return PlainRunner(model)
-    runner = PagedRunner(model, pages)
+    runner = PagedRunner(model, pages, kernels)
     return GraphRunner(runner, pages, graph_rows, max_tokens, routes) if graph_rows and can_graph(model) else runner
 
 
@@ -69,12 +70,14 @@ class PagedRunner:
     mixed = True
     paged = True
 
-    def __init__(self, model: PreTrainedModel, pages: KVPages) -> None:
+    def __init__(self, model: PreTrainedModel, pages: KVPages, kernels: bool = False) -> None:
         pattern = pattern_of(model.config)
         assert pattern is not None  # see can_page
         self._pattern = pattern
         self._pages = pages
+        self._kernels = kernels
         self._device = model.device
+        self._within = torch.arange(pages.page_tokens, device=self._device)
         self._step: PagedStep | None = None
         slots = pages.pages * pages.page_tokens
         self.kv = KVTensors(model.config, slots + 1, model.dtype, model.device)  # the last: where padding is written
@@ -88,17 +91,17 @@ class PagedRunner:
         """See Runner."""
         ids: list[int] = []
         positions: list[int] = []
-        written: list[int] = []
+        written: list[torch.Tensor] = []
         rows: list[RowSlots] = []
         kept: list[int] = []
         for row in batch.rows:
-            context = self._pages.slots(row.request, 0, row.stop)
-            rows.append(RowSlots(len(ids), len(ids) + row.tokens, self._tensor(context)))
+            context = self._slots(row)
+            rows.append(RowSlots(len(ids), len(ids) + row.tokens, context))
             ids += row.request.token_ids[row.start : row.stop]
             positions += range(row.start, row.stop)
-            written += context[row.start :]
+            written.append(context[row.start :])
             kept += range(len(ids) - row.kept, len(ids))
-        self._step = PagedStep(self.kv, self._tensor(written), rows, self._pattern)
+        self._step = PagedStep(self.kv, torch.cat(written), rows, self._pattern, self._kernels)
         return model(
             input_ids=self._tensor(ids)[None],
             position_ids=self._tensor(positions)[None],
@@ -109,6 +112,12 @@ class PagedRunner:
 
     def forget(self, request: Request) -> None:
         """See Runner; the pages are freed by their owner."""
+
+    def _slots(self, row: Row) -> torch.Tensor:
+        """Where the tokens of a sequence lie, those of this step included: (tokens,)."""
+        size = self._pages.page_tokens
+        pages = self._tensor(self._pages.table(row.request)[: -(-row.stop // size)])
+        return (pages[:, None] * size + self._within).flatten()[: row.stop]
 
     def _current_step(self) -> PagedStep:
         assert self._step is not None

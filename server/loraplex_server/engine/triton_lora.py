@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from loraplex_server.engine.lora import Along
 from loraplex_server.engine.lora_table import LoraTable
 
 # From this many tokens on, tokens are taken in blocks that share the weights they load: a prompt's tokens have one
@@ -21,6 +22,25 @@ _BLOCK_TOKENS = 16  # the least that a tensor core multiplies
 _BLOCK_IN = 128
 _BLOCK_OUT = 64
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class TritonLora:
+    """See lora.LoraKernel. B lies as (outputs, rank)."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    def table(self, layer: Any, slots: int, max_rank: int) -> LoraTable:
+        """See LoraKernel."""
+        return LoraTable.empty(slots, self.dtype, max_rank, layer.get_base_layer().weight.device)
+
+    def arranged(self, b: torch.Tensor) -> torch.Tensor:
+        """See LoraKernel."""
+        return b
+
+    def add(self, out: torch.Tensor, x: torch.Tensor, along: Along, table: LoraTable) -> None:
+        """See LoraKernel."""
+        add_lora(out.view(-1, out.shape[-1]), x.reshape(-1, x.shape[-1]), along.slots(x.device), table)
 
 
 def add_lora(out: torch.Tensor, x: torch.Tensor, slots: torch.Tensor, table: LoraTable) -> None:

@@ -2,7 +2,6 @@
 //
 // Knows slots, not pages. All in bfloat16 with float32 sums and softmax; a row's result does not depend on its neighbours.
 
-#include <math.h>
 #include "common.h"
 
 enum { HEADS = 4 };
@@ -14,31 +13,39 @@ static float dot(const uint16_t *a, const uint16_t *b, long width) {
     return _mm512_reduce_add_ps(sum);
 }
 
-// scores (seen) become their softmax.
+// scores (seen, with room up to a multiple of 16) become their softmax.
 static void softmax(float *scores, long seen) {
-    float most = -INFINITY, sum = 0;
-    for (long i = 0; i < seen; i++) most = scores[i] > most ? scores[i] : most;
-    for (long i = 0; i < seen; i++) sum += scores[i] = expf(scores[i] - most);
-    for (long i = 0; i < seen; i++) scores[i] /= sum;
+    for (long i = seen; i % 16; i++) scores[i] = -INFINITY;
+    __m512 most = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
+    for (long i = 0; i < seen; i += 16) most = _mm512_max_ps(most, _mm512_loadu_ps(scores + i));
+    most = _mm512_set1_ps(_mm512_reduce_max_ps(most));
+    for (long i = 0; i < seen; i += 16) {
+        __m512 weight = exponential(_mm512_sub_ps(_mm512_loadu_ps(scores + i), most));
+        _mm512_storeu_ps(scores + i, weight);
+        sum = _mm512_add_ps(sum, weight);
+    }
+    __m512 share = _mm512_set1_ps(1 / _mm512_reduce_add_ps(sum));
+    for (long i = 0; i < seen; i += 16) _mm512_storeu_ps(scores + i, _mm512_mul_ps(share, _mm512_loadu_ps(scores + i)));
 }
 
 // out, query: (tokens, heads, width); keys, values: (slots, kv_heads, width). Row i is token `tokens[i]` and sees the
-// slots context[starts[i]] up to context[starts[i + 1]]. width: a multiple of 32.
+// first lengths[i] of the slots context[i * most], .... width: a multiple of 32.
 void attend(uint16_t *out, const uint16_t *query, const uint16_t *keys, const uint16_t *values, const int64_t *context,
-            const int64_t *starts, const int64_t *tokens, long rows, long heads, long kv_heads, long width, float scale) {
+            const int64_t *lengths, const int64_t *tokens, long rows, long most, long heads, long kv_heads, long width,
+            float scale) {
     long group = heads / kv_heads;
 #pragma omp parallel for schedule(static, 1) collapse(2)
     for (long row = 0; row < rows; row++)
         for (long kv = 0; kv < kv_heads; kv++) {
             static _Thread_local Scratch kept;
-            const int64_t *slots = context + starts[row];
-            long seen = starts[row + 1] - starts[row], step = kv_heads * width;
-            float *scores = scratch(&kept, (group * seen + HEADS * width) * sizeof(float)), *sums = scores + group * seen;
+            const int64_t *slots = context + row * most;
+            long seen = lengths[row], room = (seen + 15) / 16 * 16, step = kv_heads * width;
+            float *scores = scratch(&kept, (group * room + HEADS * width) * sizeof(float)), *sums = scores + group * room;
             long first = (tokens[row] * heads + kv * group) * width;
             for (long i = 0; i < seen; i++)
                 for (long head = 0; head < group; head++)
-                    scores[head * seen + i] = scale * dot(query + first + head * width, keys + slots[i] * step + kv * width, width);
-            for (long head = 0; head < group; head++) softmax(scores + head * seen, seen);
+                    scores[head * room + i] = scale * dot(query + first + head * width, keys + slots[i] * step + kv * width, width);
+            for (long head = 0; head < group; head++) softmax(scores + head * room, seen);
             for (long head = 0; head < group; head += HEADS) {
                 int now = group - head < HEADS ? group - head : HEADS;
                 memset(sums, 0, now * width * sizeof(float));
@@ -48,7 +55,7 @@ void attend(uint16_t *out, const uint16_t *query, const uint16_t *keys, const ui
                         __m512 part = from_bf16(value + d);
                         for (int n = 0; n < now; n++) {
                             float *sum = sums + n * width + d;
-                            __m512 weight = _mm512_set1_ps(scores[(head + n) * seen + i]);
+                            __m512 weight = _mm512_set1_ps(scores[(head + n) * room + i]);
                             _mm512_storeu_ps(sum, _mm512_fmadd_ps(weight, part, _mm512_loadu_ps(sum)));
                         }
                     }

@@ -17,7 +17,7 @@ import torch
 from platformdirs import user_cache_path
 
 _HERE = Path(__file__).parent
-_SOURCES = ("init.c", "nf4.c", "lora.c", "attention.c")
+_SOURCES = ("init.c", "nf4.c", "lora.c", "attention.c", "pointwise.c")
 _CPU_FLAGS = {"amx_tile", "amx_bf16", "avx512f", "avx512bw", "avx512vl", "avx512_bf16"}
 # OpenMP is left unresolved: it is found in the library that torch has loaded, so that both share one team of threads.
 _FEATURES = ("avx512f", "avx512bw", "avx512vl", "avx512bf16", "fma", "amx-tile", "amx-bf16")
@@ -27,7 +27,9 @@ _P, _L, _F = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
 _ARGUMENTS = {
     "nf4_linear": [_P] * 6 + [_L] * 3,
     "lora_add": [_P, _P, _P, _L, _P, _P, _P, _P, _L, _L, _L, _L],
-    "attend": [_P] * 7 + [_L] * 4 + [_F],
+    "attend": [_P] * 7 + [_L] * 5 + [_F],
+    "rms_norm": [_P] * 3 + [_L] * 2 + [_F],
+    "silu_mul": [_P] * 3 + [_L],
 }
 
 

@@ -7,7 +7,7 @@
 
 #include "common.h"
 
-enum { TILE = 16, BLOCK = 64, CODE_BYTES = TILE * BLOCK / 2, MOST_TILES = 8, AHEAD = 8 };
+enum { TILE = 16, BLOCK = 64, CODE_BYTES = TILE * BLOCK / 2, MOST_TILES = 8, AHEAD = 64 };
 
 // book: what the values 0 to 15 stand for, as bfloat16, twice, since vpermw looks at five bits of an index.
 static void unpack(const uint8_t *codes, __m512i book, uint16_t *low, uint16_t *high) {

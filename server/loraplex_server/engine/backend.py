@@ -1,0 +1,42 @@
+"""What the machine and its device allow, chosen once: kernels for 4-bit layers, for adapters and for what lies between.
+
+Prepares the base for serving; knows no requests. Without any of it the engine goes through torch, bitsandbytes and peft
+alone, the slow reference that every choice here is tested against.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from loraplex_server.engine.amx_lora import AmxLora
+from loraplex_server.engine.config import EngineConfig
+from loraplex_server.engine.fused import fuse
+from loraplex_server.engine.lora import LoraKernel
+from loraplex_server.engine.model import Base
+from loraplex_server.engine.quantized import choose_kernels
+from loraplex_server.engine.triton_lora import TritonLora
+from loraplex_server.kernels.native import native
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What was chosen."""
+
+    name: str  # for people
+    lora: LoraKernel | None  # None: through peft's modules
+    lora_dtype: torch.dtype  # what adapters are kept in on the device
+    amx: bool = False
+    cuda: bool = False
+
+
+def prepare(base: Base, config: EngineConfig) -> Backend:
+    """Choose, and give the base's layers their kernels."""
+    choose_kernels(base.model, config.kernels, config.lean)
+    if base.model.device.type == "cuda":
+        lora = TritonLora(base.dtype) if config.kernels else None
+        return Backend("CUDA", lora, base.dtype, cuda=True)
+    if config.kernels and base.dtype == torch.bfloat16 and native():
+        fuse(base.model)
+        return Backend("AMX kernels", AmxLora(), torch.bfloat16, amx=True)
+    why = "turned off" if not config.kernels else native().why_not or f"the base computes in {base.dtype}"
+    return Backend(f"no kernels of our own: {why}", None, torch.float32)  # as peft keeps them
