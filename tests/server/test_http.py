@@ -441,6 +441,19 @@ def test_models_show_versions_digests_parents_and_aliases(serve, registry, base_
     assert client.get("/v1/models/red@production").json()["version"] == 1
 
 
+def test_usage_says_what_was_found_computed_already(serve):
+    client = serve()
+    prompt = "again and again: " * 5
+    first, second, other = (complete(client, prompt, adapter=name)["usage"] for name in ("red", "red", "green"))
+    cached = [usage["prompt_tokens_details"]["cached_tokens"] for usage in (first, second, other)]
+    assert cached[0] == cached[2] == 0
+    assert 16 <= cached[1] < second["prompt_tokens"]
+    scored = complete(client, prompt, adapter="red", echo=True, logprobs=1)
+    assert scored["usage"]["prompt_tokens_details"] == {"cached_tokens": 0}, "every token's logits are needed"
+    chunks = streamed(client, prompt, adapter="red", stream_options={"include_usage": True})
+    assert chunks[-1]["usage"] == second
+
+
 def test_models_lists_what_this_base_can_serve(serve, registry, tmp_path, base_folder):
     """An adapter of another base was listed as if it could be asked for. By its name it is still found."""
     stranger = make_base(tmp_path / "stranger", seed=4)

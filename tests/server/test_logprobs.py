@@ -9,6 +9,7 @@ import httpx
 import openai
 import pytest
 import torch
+from oracle import engine_for
 from peft import PeftModel
 from serving import serving
 from transformers import AutoModelForCausalLM
@@ -18,6 +19,7 @@ from loraplex_server.app import create_app
 from loraplex_server.config import ServerConfig
 from loraplex_server.engine.config import EngineConfig
 from loraplex_server.engine.detokenize import TokenTexts
+from loraplex_server.engine.request import Request, SamplingParams
 
 PROMPTS = ["the quick", "again and again and again: the lazy brown dog jumps over", "ünïcödé dog " * 3]
 ADAPTERS = (None, "red", "green", "head")
@@ -118,6 +120,39 @@ def test_prompts_and_answers_are_scored_as_a_plain_forward_scores_them(serve, re
         skipped = 1 if echo else 0
         part = {name: entries[skipped:] for name, entries in scored.items()}
         check(part, ids[first:], reference(ids, adapter)[first - 1 : -1], texts, 3)
+
+
+@pytest.mark.parametrize("paged", [True, False])
+def test_prompts_are_scored_once_whatever_is_computed_again(base_folder, adapter_folders, paged):
+    """Preempted within its prompt or after it, or sent twice: each token has its score, once, and the same."""
+    params = SamplingParams(max_tokens=30, temperature=0, logprobs=2, prompt_logprobs=3, ignore_eos=True)
+    unscored = SamplingParams(max_tokens=30, temperature=0, ignore_eos=True)
+    told = {}
+    for pages in (1000, 12):
+        engine = engine_for(
+            base_folder, adapter_folders, paged=paged, page_tokens=8, step_tokens=11, kv_cache_bytes=pages * 8 * 512
+        )
+        for round in range(2):
+            requests = [
+                Request(f"{round}{i}{name}", engine.base.tokenizer(prompt).input_ids, params if i else unscored, name)
+                for i, prompt in enumerate([PROMPTS[2], *PROMPTS])
+                for name in (None, "red", "head")
+            ]
+            for request in requests:
+                engine.add(request)
+            deltas = []
+            while engine.has_work:
+                deltas += engine.step()
+            told[pages, round] = [
+                [score for d in deltas if d.request is r for score in (d.score,) if score] + r.prompt_scores
+                for r in requests
+            ]
+            assert any(r.preemptions and r.params.prompt_logprobs for r in requests) == (pages == 12)
+    for scores in told.values():
+        for mine, plain in zip(scores, told[1000, 0], strict=True):
+            assert [s.token_id for s in mine] == [s.token_id for s in plain]
+            values = [torch.tensor([s.logprob for s in many]) for many in (mine, plain)]
+            torch.testing.assert_close(*values, atol=1e-3, rtol=1e-4)
 
 
 def vocabulary_ids(tokenizer, texts, named: list[str]) -> list[int]:
@@ -229,7 +264,8 @@ def test_the_best_of_several_are_the_likeliest_a_token(serve):
         ranked = [choice["text"] for _, choice in sorted(zip(means, group, strict=True), key=lambda pair: -pair[0])]
         assert [choice["text"] for choice in best["choices"][2 * at : 2 * at + 2]] == ranked[:2]
         assert ranked != [choice["text"] for choice in group], "or this test proves nothing"
-    assert best["usage"] == every["usage"], "all that was generated is counted"
+    counts = [answer["usage"]["completion_tokens"] for answer in (best, every)]
+    assert counts[0] == counts[1], "all that was generated is counted"
     bare = ask(client, PROMPTS[:2], n=2, best_of=6, **{**sampled, "logprobs": None})
     assert [c["text"] for c in bare["choices"]] == [c["text"] for c in best["choices"]]
     assert all(choice["logprobs"] is None for choice in bare["choices"])
