@@ -1,5 +1,6 @@
 """Requests that end early: their time is over, their client is gone. Nothing of them runs on."""
 
+import asyncio
 import json
 import threading
 import time
@@ -14,6 +15,11 @@ from loraplex_registry.registry import Registry
 from loraplex_server.app import create_app
 from loraplex_server.config import ServerConfig
 from loraplex_server.engine.config import EngineConfig
+from loraplex_server.engine.engine import Engine
+from loraplex_server.engine.errors import DeadlinePassed
+from loraplex_server.engine.model import load_base
+from loraplex_server.engine.request import Request, SamplingParams
+from loraplex_server.loop import EngineLoop
 
 # Thousands of steps: longer than any test waits.
 ENDLESS = {"prompt": "the quick", "temperature": 0, "max_tokens": 8000, "ignore_eos": True}
@@ -148,3 +154,28 @@ def test_a_time_that_is_none_names_the_field(serve, value):
     answer = serve().post("/v1/completions", json={"prompt": "x", "timeout": value})
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == "timeout"
+
+
+def test_time_is_over_even_if_nobody_reads(base):
+    """A client that has stopped reading holds its answer's iterator up; the request would run on to its last token."""
+    wake = threading.Event()
+    engine = Engine(load_base(str(base), quantization="none", device="cpu", dtype="float32"), wake=wake.set)
+    loop = EngineLoop(engine, wake)
+    loop.start()
+
+    async def story() -> None:
+        now = time.monotonic()
+        params = SamplingParams(max_tokens=8000, temperature=0, ignore_eos=True)
+        deltas = loop.stream([Request("r", [5, 6, 7], params, arrived_at=now)], now + 0.3)
+        await anext(deltas)
+        while engine.has_work and time.monotonic() < now + 3:
+            await asyncio.sleep(0.01)
+        assert not engine.has_work
+        with pytest.raises(DeadlinePassed, match=r"0\.3 s"):
+            async for _ in deltas:
+                pass
+
+    try:
+        asyncio.run(story())
+    finally:
+        loop.stop()
