@@ -49,8 +49,10 @@ def make_base() -> Path:
     return folder
 
 
-def make_adapters(base: Path, folder: Path, count: int, rank: int = 16) -> list[Path]:
-    """Random adapters of one rank on every linear layer, as peft would save them."""
+def make_adapters(
+    base: Path, folder: Path, count: int, rank: int = 16, targets: tuple[str, ...] = LINEAR
+) -> list[Path]:
+    """Random adapters of one rank on some linear layers, by default all, as peft would save them."""
     config = json.loads((base / "config.json").read_text())
     shapes = linear_shapes(config)
     made = []
@@ -58,7 +60,8 @@ def make_adapters(base: Path, folder: Path, count: int, rank: int = 16) -> list[
         random = torch.Generator().manual_seed(number)
         tensors = {}
         for layer in range(config["num_hidden_layers"]):
-            for name, (outputs, inputs) in shapes.items():
+            for name in targets:
+                outputs, inputs = shapes[name]
                 part = "self_attn" if name in LINEAR[:4] else "mlp"
                 key = f"base_model.model.model.layers.{layer}.{part}.{name}"
                 tensors[f"{key}.lora_A.weight"] = torch.randn(rank, inputs, generator=random) * 0.02
@@ -67,7 +70,7 @@ def make_adapters(base: Path, folder: Path, count: int, rank: int = 16) -> list[
         made[-1].mkdir(parents=True)
         save_file(tensors, made[-1] / "adapter_model.safetensors", metadata={"format": "pt"})
         written = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": rank, "lora_dropout": 0.0}
-        written |= {"target_modules": list(LINEAR), "base_model_name_or_path": str(base), "bias": "none"}
+        written |= {"target_modules": list(targets), "base_model_name_or_path": str(base), "bias": "none"}
         (made[-1] / "adapter_config.json").write_text(json.dumps(written))
     return made
 
