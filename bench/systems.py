@@ -25,7 +25,6 @@ from loraplex_server.engine.engine import Engine
 from loraplex_server.engine.model import load_base
 from loraplex_server.engine.request import Request, SamplingParams
 
-NO_END = {2: -100.0}  # every system generates as many tokens as it was asked for
 numbers = count()
 
 
@@ -99,7 +98,7 @@ def ours(
 
 
 def _request(ask: Ask) -> Request:
-    params = SamplingParams(max_tokens=ask.new, temperature=0, logit_bias=NO_END)
+    params = SamplingParams(max_tokens=ask.new, temperature=0, ignore_eos=True)  # as many as were asked for
     return Request(f"{next(numbers)}", ask.prompt, params, ask.adapter)
 
 

@@ -1,13 +1,16 @@
 """The C kernels: what each computes, against torch; and that they are built, kept, and missed in plain words."""
 
 import subprocess
+from itertools import pairwise
 
 import pytest
 import torch
 
 from loraplex_server.engine.amx_lora import AmxLora
+from loraplex_server.engine.engine import Engine
 from loraplex_server.engine.lora import Along, Segment
 from loraplex_server.engine.lora_table import LoraTable
+from loraplex_server.engine.model import load_base
 from loraplex_server.kernels import native as module
 from loraplex_server.kernels.native import addresses, build, native
 
@@ -31,8 +34,8 @@ def test_lora_of_many_adapters_is_what_each_gives_alone(inputs, outputs):
         segments.append(Segment(None if slot < 0 else str(slot), slot, first, first + tokens))
         first += tokens
     x, before = random(1, first, inputs, seed=3), random(1, first, outputs, seed=4)
-    out, expected = before.clone(), before.float()
-    AmxLora().add(out, x, Along(segments), table)
+    expected = before.float()
+    out = AmxLora().apply(lambda _: before.clone(), x, Along(segments), table)
     for _, slot, start, stop in segments:
         if slot >= 0:
             a, b = weights[slot]
@@ -41,10 +44,10 @@ def test_lora_of_many_adapters_is_what_each_gives_alone(inputs, outputs):
     untouched = [t for _, slot, start, stop in segments if slot in (-1, 4) for t in range(start, stop)]
     assert torch.equal(out[0, untouched], before[0, untouched])
     for _, slot, start, stop in segments:  # the same bits alone
-        alone = before[:, start:stop].clone()
         if slot >= 0:
-            AmxLora().add(alone, x[:, start:stop], Along([Segment("x", slot, 0, stop - start)]), table)
-        assert torch.equal(alone, out[:, start:stop])
+            part, along = before[:, start:stop].clone(), Along([Segment("x", slot, 0, stop - start)])
+            alone = AmxLora().apply(lambda _, part=part: part, x[:, start:stop], along, table)
+            assert torch.equal(alone, out[:, start:stop])
 
 
 @needs_kernels
@@ -90,3 +93,28 @@ def test_without_a_compiler_that_works_there_are_none_and_the_reason_is_told(tmp
     monkeypatch.setattr(module, "_cpu_flags", lambda: module._CPU_FLAGS)
     found = native.__wrapped__()
     assert not found and ("gcc" in found.why_not or "false" in found.why_not)
+
+
+@needs_kernels
+@torch.no_grad()
+def test_a_4_bit_layer_adds_the_same_as_any_other(base_folder):
+    """It adds to its sums before they are rounded; other layers are added to afterwards."""
+    base = load_base(str(base_folder), device="cpu")
+    Engine(base)
+    layer = base.model.model.layers[0].mlp.down_proj
+    slots, tokens = [2, 0, -1, 1, 0], [3, 140, 2, 17, 1]  # a run across the rows that the kernel takes at once
+    inputs, outputs = layer.in_features, layer.out_features
+    weights = [(random(rank, inputs, seed=rank) / 8, random(rank, outputs, seed=9) / 8) for rank in (5, 16, 64)]
+    table = LoraTable.empty(3, torch.bfloat16, 64, torch.device("cpu"))
+    for slot, (a, b) in enumerate(weights):
+        table.a[slot], table.b[slot], table.rank[slot], table.scaling[slot] = *addresses(a, b), len(a), 0.5
+    starts = torch.tensor([0, *tokens]).cumsum(0).tolist()
+    segments = [Segment(str(s), s, *ends) for s, ends in zip(slots, pairwise(starts), strict=True)]
+    along, x = Along(segments), random(1, starts[-1], inputs, seed=1)
+    fused = AmxLora().apply(layer, x, along, table)
+    afterwards = AmxLora().apply(layer.forward, x, along, table)
+    torch.testing.assert_close(fused, afterwards, rtol=2**-6, atol=2**-7 * float(afterwards.abs().max()))
+    assert not torch.equal(fused, layer(x))
+    for slot, first, last in [(s.slot, s.first, s.last) for s in segments]:
+        alone = Along([Segment(None, slot, 0, last - first)])
+        assert torch.equal(AmxLora().apply(layer, x[:, first:last], alone, table), fused[:, first:last])

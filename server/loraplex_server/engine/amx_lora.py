@@ -27,12 +27,12 @@ class AmxLora:
         """See LoraKernel."""
         return b.t().contiguous().t()
 
-    def add(self, out: torch.Tensor, x: torch.Tensor, along: Along, table: LoraTable) -> None:
-        """See LoraKernel. Both bfloat16."""
-        given = x.contiguous()
+    def apply(self, base_layer: Any, x: torch.Tensor, along: Along, table: LoraTable) -> torch.Tensor:
+        """See LoraKernel. A 4-bit layer of ours adds to its sums before it rounds them; to others we add afterwards."""
+        adapters = along.call + table.call
+        if fused := getattr(base_layer, "with_adapters", None):
+            return fused(x, adapters)
+        out, given = base_layer(x), x.contiguous()
         assert out.dtype == given.dtype == torch.bfloat16 and out.is_contiguous()
-        self._add(
-            *addresses(out, given, along.runs),
-            *(len(along.runs), *table.addresses),
-            *(along.tokens, x.shape[-1], out.shape[-1], table.max_rank),
-        )
+        self._add(*addresses(out, given), along.tokens, x.shape[-1], out.shape[-1], *adapters)
+        return out

@@ -45,6 +45,7 @@ class Along:
         ]
         self.runs = torch.tensor(runs, dtype=torch.int32)  # (runs, 3): first token, tokens, slot
         self.adapted = bool(runs)  # whether any token is an adapter's
+        self.call = (self.runs.data_ptr(), len(runs))  # as the kernels for CPUs take them
         self._slots: torch.Tensor | None = None
 
     @property
@@ -79,8 +80,8 @@ class LoraKernel(Protocol):
         """B (outputs, rank) in memory as the kernel reads it."""
         ...
 
-    def add(self, out: torch.Tensor, x: torch.Tensor, along: Along, table: LoraTable) -> None:
-        """Add every adapter's product to ``out`` (…, tokens, outputs), given ``x`` (…, tokens, inputs)."""
+    def apply(self, base_layer: Any, x: torch.Tensor, along: Along, table: LoraTable) -> torch.Tensor:
+        """The base layer of ``x`` (…, tokens, inputs) and what every token's adapter adds: (…, tokens, outputs)."""
         ...
 
 
@@ -158,18 +159,16 @@ class Routing:
     def _forward(self, layer: Any, alone: Callable[..., torch.Tensor], known: _Layer) -> Callable[..., torch.Tensor]:
         """``alone`` is peft's forward of the layer."""
         others = known.others
-        add = partial(self._kernel.add, table=known.table) if self._kernel and known.table else None
+        apply = partial(self._kernel.apply, table=known.table) if self._kernel and known.table else None
 
         def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:  # (…, tokens, in) → (…, tokens, out)
-            by_kernel = add and (not others or self._bound)
-            if not (by_kernel or self._mixed or self._bound):
+            along = self._along(x.shape[-2])
+            if self._bound or (apply and not others):
+                return apply(layer.base_layer, x, along) if apply and along.adapted else layer.base_layer(x)
+            if not self._mixed:
                 return alone(x, *args, **kwargs)
             result = layer.base_layer(x, *args, **kwargs)
-            along = self._along(x.shape[-2])
-            if add and by_kernel and along.adapted:
-                add(result, x, along)
-            elif not by_kernel and not self._bound:
-                add_by_peft(result, x, along, layer)
+            add_by_peft(result, x, along, layer)
             return result
 
         return forward

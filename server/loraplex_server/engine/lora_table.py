@@ -32,6 +32,6 @@ class LoraTable:
         return cls(a, b, rank, torch.zeros(slots, device=device), dtype, max_rank)
 
     @cached_property
-    def addresses(self) -> tuple[int, ...]:
-        """Where a, b, rank and scaling lie, which never changes."""
-        return tuple(tensor.data_ptr() for tensor in (self.a, self.b, self.rank, self.scaling))
+    def call(self) -> tuple[int, ...]:
+        """The table as the kernels for CPUs take it: addresses, which never change, and the highest rank."""
+        return (*(tensor.data_ptr() for tensor in (self.a, self.b, self.rank, self.scaling)), self.max_rank)

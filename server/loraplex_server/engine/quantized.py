@@ -18,6 +18,7 @@ from loraplex_server.kernels.native import addresses, native
 # bitsandbytes' fused kernel takes as long for every row as for the first; dequantizing costs the same however many rows
 # follow. They were seen to meet at about six rows on a Xeon with AMX.
 FUSED_ROWS = 6
+NO_ADAPTERS = (0,) * 7  # of lora.Along.call and LoraTable.call
 
 
 def choose_kernels(model: torch.nn.Module, ours: bool = True, lean: bool = False) -> None:
@@ -60,12 +61,13 @@ def _by_tiles(layer: Linear4bit, weight: Params4bit) -> Callable[..., torch.Tens
     constant = addresses(codes, scales, bias, codebook)
     vars(layer)["kernel_tensors"] = scales, codebook, bias  # they live as long as the layer that uses their addresses
 
-    def forward(x: torch.Tensor) -> torch.Tensor:  # (…, in) → (…, out)
+    def forward(x: torch.Tensor, adapters: tuple[int, ...] = NO_ADAPTERS) -> torch.Tensor:  # (…, in) → (…, out)
         given = x.to(torch.bfloat16).contiguous()
         out = torch.empty(*x.shape[:-1], outputs, dtype=torch.bfloat16)
-        kernel(out.data_ptr(), given.data_ptr(), *constant, given.numel() // inputs, inputs, outputs)
+        kernel(out.data_ptr(), given.data_ptr(), *constant, given.numel() // inputs, inputs, outputs, *adapters)
         return out.to(x.dtype)
 
+    vars(layer)["with_adapters"] = forward
     return forward
 
 

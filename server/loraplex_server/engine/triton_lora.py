@@ -38,9 +38,11 @@ class TritonLora:
         """See LoraKernel."""
         return b
 
-    def add(self, out: torch.Tensor, x: torch.Tensor, along: Along, table: LoraTable) -> None:
+    def apply(self, base_layer: Any, x: torch.Tensor, along: Along, table: LoraTable) -> torch.Tensor:
         """See LoraKernel."""
+        out = base_layer(x)
         add_lora(out.view(-1, out.shape[-1]), x.reshape(-1, x.shape[-1]), along.slots(x.device), table)
+        return out
 
 
 def add_lora(out: torch.Tensor, x: torch.Tensor, slots: torch.Tensor, table: LoraTable) -> None:

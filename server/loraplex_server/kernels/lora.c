@@ -4,6 +4,7 @@
 // a slot of rank 0 has nothing in this layer. Sums are float32, their order depends on the layer alone: a token gets
 // the same bits whatever its neighbours. The split into shrink and expand is Punica's, arXiv:2310.18547.
 
+#pragma once
 #include <omp.h>
 #include "common.h"
 
@@ -75,33 +76,62 @@ static void expand_run(uint16_t *out, const float *h, long h_stride, const uint1
     }
 }
 
+// What a step adds to one layer: the runs, what the table holds by slot, and h (tokens, most_rank).
+typedef struct {
+    const Run *runs;
+    long count;
+    const int64_t *a, *b;
+    const int32_t *ranks;
+    const float *scaling;
+    long most_rank;
+    float *h;
+} Lora;
+
+// h of every run, by all threads of a team together; they do not wait for each other.
+static void shrink_all(const Lora *lora, const uint16_t *x, long inputs) {
+    long parts = (lora->most_rank + RANKS - 1) / RANKS;
+#pragma omp for schedule(static, 1) collapse(2) nowait
+    for (long i = 0; i < lora->count; i++)
+        for (long part = 0; part < parts; part++) {
+            Run run = lora->runs[i];
+            int left = lora->ranks[run.slot] - part * RANKS;
+            if (left > 0)
+                shrink_run(lora->h + run.first * lora->most_rank + part * RANKS, lora->most_rank, x + run.first * inputs,
+                           (const uint16_t *)lora->a[run.slot] + part * RANKS * inputs, lora->scaling[run.slot], inputs,
+                           run.tokens, left < RANKS ? left : RANKS);
+        }
+}
+
+// The columns of a layer's outputs that are the business of the thread that calls, in steps of `step`.
+static void own_columns(long outputs, long step, long *first, long *last) {
+    long threads = omp_get_num_threads(), thread = omp_get_thread_num(), all = outputs / step;
+    *first = all * thread / threads * step;
+    *last = all * (thread + 1) / threads * step;
+}
+
+// out += B h for the columns of the thread that calls: it goes along them once for every run, so that weights are read in
+// their order.
+static void expand_own(uint16_t *out, const Lora *lora, long outputs) {
+    long first, last;
+    own_columns(outputs, COLUMNS, &first, &last);
+    for (long i = 0; i < lora->count; i++) {
+        Run run = lora->runs[i];
+        for (long column = first; lora->ranks[run.slot] && column < last; column += COLUMNS)
+            expand_run(out + run.first * outputs + column, lora->h + run.first * lora->most_rank, lora->most_rank,
+                       (const uint16_t *)lora->b[run.slot] + column, lora->ranks[run.slot], outputs, run.tokens);
+    }
+}
+
 // out (tokens, outputs) bfloat16 += what the slots of x (tokens, inputs) bfloat16 add. inputs: a multiple of 32,
 // outputs: of 64. most_rank: the highest rank in the table.
-void lora_add(uint16_t *out, const uint16_t *x, const Run *runs, long number_of_runs, const int64_t *a, const int64_t *b,
-              const int32_t *ranks, const float *scaling, long tokens, long inputs, long outputs, long most_rank) {
+void lora_add(uint16_t *out, const uint16_t *x, long tokens, long inputs, long outputs, const Run *runs, long count,
+              const int64_t *a, const int64_t *b, const int32_t *ranks, const float *scaling, long most_rank) {
     static _Thread_local Scratch h_scratch;
-    float *h = scratch(&h_scratch, tokens * most_rank * sizeof(float));
-    long parts = (most_rank + RANKS - 1) / RANKS;
+    Lora lora = {runs, count, a, b, ranks, scaling, most_rank, scratch(&h_scratch, tokens * most_rank * sizeof(float))};
 #pragma omp parallel
     {
-#pragma omp for schedule(static, 1) collapse(2)
-        for (long i = 0; i < number_of_runs; i++)
-            for (long part = 0; part < parts; part++) {
-                Run run = runs[i];
-                int left = ranks[run.slot] - part * RANKS;
-                if (left > 0)
-                    shrink_run(h + run.first * most_rank + part * RANKS, most_rank, x + run.first * inputs,
-                               (const uint16_t *)a[run.slot] + part * RANKS * inputs, scaling[run.slot], inputs, run.tokens,
-                               left < RANKS ? left : RANKS);
-            }
-        // Each thread has its columns, and goes along them once for every run: weights are read in order.
-        long threads = omp_get_num_threads(), all = outputs / COLUMNS;
-        long first = all * omp_get_thread_num() / threads * COLUMNS, last = all * (omp_get_thread_num() + 1) / threads * COLUMNS;
-        for (long i = 0; i < number_of_runs; i++) {
-            Run run = runs[i];
-            for (long column = first; ranks[run.slot] && column < last; column += COLUMNS)
-                expand_run(out + run.first * outputs + column, h + run.first * most_rank, most_rank,
-                           (const uint16_t *)b[run.slot] + column, ranks[run.slot], outputs, run.tokens);
-        }
+        shrink_all(&lora, x, inputs);
+#pragma omp barrier
+        expand_own(out, &lora, outputs);
     }
 }

@@ -17,16 +17,17 @@ import torch
 from platformdirs import user_cache_path
 
 _HERE = Path(__file__).parent
-_SOURCES = ("init.c", "nf4.c", "lora.c", "attention.c", "pointwise.c")
+_SOURCES = ("init.c", "lora.c", "nf4.c", "attention.c", "pointwise.c")
 _CPU_FLAGS = {"amx_tile", "amx_bf16", "avx512f", "avx512bw", "avx512vl", "avx512_bf16"}
 # OpenMP is left unresolved: it is found in the library that torch has loaded, so that both share one team of threads.
 _FEATURES = ("avx512f", "avx512bw", "avx512vl", "avx512bf16", "fma", "amx-tile", "amx-bf16")
 _COMPILE = ["-O3", "-std=gnu11", "-fPIC", "-fopenmp", *(f"-m{feature}" for feature in _FEATURES)]
 
 _P, _L, _F = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
+_LORA = [_P, _L, _P, _P, _P, _P, _L]
 _ARGUMENTS = {
-    "nf4_linear": [_P] * 6 + [_L] * 3,
-    "lora_add": [_P, _P, _P, _L, _P, _P, _P, _P, _L, _L, _L, _L],
+    "nf4_linear": [_P] * 6 + [_L] * 3 + _LORA,
+    "lora_add": [_P] * 2 + [_L] * 3 + _LORA,
     "attend": [_P] * 7 + [_L] * 5 + [_F],
     "rms_norm": [_P] * 3 + [_L] * 2 + [_F],
     "silu_mul": [_P] * 3 + [_L],

@@ -1,11 +1,12 @@
-// y = x W^T for a weight in 4-bit NormalFloat, on a CPU with AMX: read once, as 4 bits, however many rows x has.
+// y = x W^T for a weight in 4-bit NormalFloat, and what adapters add to it, on a CPU with AMX: the weight is read once, as
+// 4 bits, however many rows x has.
 //
 // Knows the layout that kernels/nf4.py packs: for each tile of 16 outputs, for each block of 64 inputs, 512 bytes of
 // codes and 16 scales. Byte j of code row c holds, for output j / 2, the codes of inputs 2c + j % 2 (low four bits) and
 // 32 + 2c + j % 2 (high four bits): the two AMX operands of the block. A block's sum is scaled after it was summed, in
 // float32, so a row's result is the same bits whatever other rows there are.
 
-#include "common.h"
+#include "lora.c"
 
 enum { TILE = 16, BLOCK = 64, CODE_BYTES = TILE * BLOCK / 2, MOST_TILES = 8, AHEAD = 64 };
 
@@ -85,37 +86,45 @@ static void two_tiles(float *sums, const uint16_t *tiled, const uint8_t *codes, 
     }
 }
 
-// out (rows, outputs) bfloat16 = x (rows, inputs) bfloat16 times the packed weight, plus bias (outputs) or NULL.
-// inputs: a multiple of 64; outputs: of 32.
+// out (rows, outputs) bfloat16 = x (rows, inputs) bfloat16 times the packed weight, plus bias (outputs) or NULL, plus
+// what adapters add. inputs: a multiple of 64; outputs: of 32, and of 64 with adapters.
 void nf4_linear(uint16_t *out, const uint16_t *x, const uint8_t *codes, const float *scales, const uint16_t *bias,
-                const uint16_t *codebook, long rows, long inputs, long outputs) {
-    static _Thread_local Scratch tiled_scratch;
+                const uint16_t *codebook, long rows, long inputs, long outputs, const Run *runs, long count,
+                const int64_t *a, const int64_t *b, const int32_t *ranks, const float *scaling, long most_rank) {
+    static _Thread_local Scratch tiled_scratch, h_scratch;
     long blocks = inputs / BLOCK, most = MOST_TILES * TILE;
     uint16_t *tiled = scratch(&tiled_scratch, (rows < most ? (rows + TILE - 1) / TILE * TILE : most) * inputs * 2);
+    Lora lora = {runs, count, a, b, ranks, scaling, most_rank, scratch(&h_scratch, rows * most_rank * sizeof(float))};
 #pragma omp parallel
     {
         static _Thread_local Scratch sums_scratch;
         float *sums = scratch(&sums_scratch, 2 * MOST_TILES * TILE * TILE * sizeof(float));
         __m512i book = _mm512_loadu_si512(codebook);
+        long column, end;
+        own_columns(outputs, outputs % COLUMNS ? 2 * TILE : COLUMNS, &column, &end);
         tiles_of_rows(rows < TILE ? rows : TILE);
+        shrink_all(&lora, x, inputs);
         for (long first = 0; first < rows; first += most) {  // what fits the second cache with room for weights
             long now = rows - first < most ? rows - first : most, tiles = (now + TILE - 1) / TILE;
 #pragma omp for schedule(static)
             for (long tile = 0; tile < tiles; tile++) tile_rows(tiled, x + first * inputs, tile, tiles, now, inputs);
-#pragma omp for schedule(static)
-            for (long pair = 0; pair < outputs / (2 * TILE); pair++) {
-                two_tiles(sums, tiled, codes + pair * 2 * blocks * CODE_BYTES, scales + pair * 2 * blocks * TILE, book,
-                          tiles, rows < TILE ? rows : TILE, blocks);
-                __m512 add0 = bias ? from_bf16(bias + pair * 32) : _mm512_setzero_ps();
-                __m512 add1 = bias ? from_bf16(bias + pair * 32 + 16) : _mm512_setzero_ps();
+            for (long at = column; at < end; at += 2 * TILE) {
+                two_tiles(sums, tiled, codes + at / TILE * blocks * CODE_BYTES, scales + at / TILE * blocks * TILE, book, tiles,
+                          rows < TILE ? rows : TILE, blocks);
+                __m512 add0 = bias ? from_bf16(bias + at) : _mm512_setzero_ps();
+                __m512 add1 = bias ? from_bf16(bias + at + TILE) : _mm512_setzero_ps();
                 for (long row = 0; row < now; row++) {
                     float *sum = sums + (row / TILE * 2 * TILE + row % TILE) * TILE;
-                    uint16_t *to = out + (first + row) * outputs + pair * 32;
+                    uint16_t *to = out + (first + row) * outputs + at;
                     to_bf16(to, _mm512_add_ps(_mm512_load_ps(sum), add0));
-                    to_bf16(to + 16, _mm512_add_ps(_mm512_load_ps(sum + TILE * TILE), add1));
+                    to_bf16(to + TILE, _mm512_add_ps(_mm512_load_ps(sum + TILE * TILE), add1));
                 }
+            }
+            if (first + now < rows) {
+#pragma omp barrier
             }
         }
         _tile_release();
+        if (count) expand_own(out, &lora, outputs);  // to columns that this thread has written
     }
 }
