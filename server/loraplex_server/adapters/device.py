@@ -3,11 +3,12 @@
 Owns the model's adapters; called by the engine's thread alone, between two forwards. Knows no tiers and no requests.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from copy import copy
 from dataclasses import dataclass, field
 from itertools import count, groupby
 from time import perf_counter
+from typing import Any
 
 import torch
 from peft import LoraConfig, LoraModel, PeftModelForCausalLM
@@ -24,6 +25,7 @@ from loraplex_server.engine.errors import AdapterRefused
 from loraplex_server.engine.lora import Routing, Segment
 
 ALL_LINEAR = "all-linear"
+_NOT_OF_THE_SHAPE = {"base_model_name_or_path", "revision", "init_lora_weights", "inference_mode", "lora_dropout"}
 
 
 @dataclass
@@ -33,6 +35,7 @@ class _Held:
     key: str
     name: str
     slot: int
+    shape: str  # equal for adapters that peft makes the same modules for
     layers: dict[str, LoraLayer] = field(default_factory=dict)  # by path
 
 
@@ -56,6 +59,8 @@ class DeviceAdapters:
         self._states: list[dict[str, object]] = []  # the attributes of each of them
         self._held: dict[str, _Held] = {}  # those that can be used, by key
         self._coming: tuple[_Held, Iterator[None]] | None = None  # being installed, and the rest of the work
+        self._left: list[_Held] = []  # modules without weights, of adapters that left: to be filled again
+        self._most_left = slots
         self._slots = list(range(slots))[::-1]  # the free ones
         self._numbers = count()
         self._active: list[str] = []  # peft's names, as every layer has them: one at most
@@ -64,8 +69,14 @@ class DeviceAdapters:
     def begin(self, adapter: HostAdapter) -> None:
         """Start to put an adapter on the device; ``advance`` does the work. One at a time, and a slot must be free."""
         assert self._coming is None and self._slots and adapter.key not in self._held
-        held = _Held(adapter.key, f"adapter_{next(self._numbers)}", self._slots.pop())
-        self._coming = held, self._install(held, adapter)
+        shape, slot = _shape(adapter.config), self._slots.pop()
+        if left := next((one for one in self._left if one.shape == shape), None):
+            self._left.remove(left)
+            held = _Held(adapter.key, left.name, slot, shape, left.layers)
+            self._coming = held, self._refill(held, adapter)
+        else:
+            held = _Held(adapter.key, f"adapter_{next(self._numbers)}", slot, shape)
+            self._coming = held, self._install(held, adapter)
 
     def advance(self, seconds: float) -> bool:
         """Work on what was begun for about so long, at least one module; says whether it can be used now.
@@ -94,9 +105,9 @@ class DeviceAdapters:
         """Take an adapter off the device, whole or on its way; its memory is free when this returns."""
         if self._coming and self._coming[0].key == key:
             held, self._coming = self._coming[0], None
+            self._take_out(held)
         else:
-            held = self._held.pop(key)
-        self._take_out(held)
+            self._empty(self._held.pop(key))
 
     def route(self, batch: Batch) -> None:
         """Make the next forward give each row its adapter: by activation for a step of one, else row by row."""
@@ -150,9 +161,31 @@ class DeviceAdapters:
                 self._adapt(path, empty, held)
                 self._fill(path, held, tensors)
             yield
-        if tensors:
-            raise AdapterRefused(f"{len(tensors)} tensors have no counterpart, the first is {min(tensors)!r}")
+        _none_left(tensors)
         tuner.targeted_module_names = list(dict.fromkeys([*tuner.targeted_module_names, *held.layers]))
+
+    def _refill(self, held: _Held, adapter: HostAdapter) -> Iterator[None]:
+        """Give modules that peft has made for an adapter of the same shape the weights of this one."""
+        _tuner(self._peft).peft_config[held.name] = adapter.config
+        tensors = dict(adapter.tensors)
+        for path in held.layers:
+            self._fill(path, held, tensors)
+            yield
+        _none_left(tensors)
+
+    def _empty(self, held: _Held) -> None:
+        """Free an adapter's weights; its modules wait for another of its shape."""
+        if held.name in self._active:
+            self.activate(None)
+        for layer in held.layers.values():
+            self._routing.cleared(layer, held.slot)
+            for _, container in _containers(layer, held.name):
+                _each_parameter(container, held.name, _without_memory)
+        _tuner(self._peft).peft_config.pop(held.name)
+        self._slots.append(held.slot)
+        self._left.append(held)
+        if len(self._left) > self._most_left:
+            self._delete(self._left.pop(0))
 
     def _adapt(self, path: str, config: LoraConfig, held: _Held) -> None:
         """Let peft make a module's LoRA for one adapter, without memory yet; the module is wrapped if it was not."""
@@ -180,17 +213,9 @@ class DeviceAdapters:
     def _fill(self, path: str, held: _Held, tensors: dict[str, torch.Tensor]) -> None:
         """Give a layer the adapter's tensors, which leave ``tensors``."""
         layer = held.layers[path]
-        for attribute in layer.adapter_layer_names:
-            container, key = getattr(layer, attribute), f"base_model.model.{path}.{attribute}"
-            if held.name not in container:
-                continue
-            made = container[held.name]
-            if isinstance(made, nn.Parameter):
-                container[held.name] = self._take(key, made, tensors)
-                continue
-            for leaf, parameter in list(made.named_parameters()):
-                setattr(made, leaf, self._take(f"{key}.{leaf}", parameter, tensors))
-            made.eval()
+        for attribute, container in _containers(layer, held.name):
+            key = f"base_model.model.{path}.{attribute}"
+            _each_parameter(container, held.name, lambda leaf, made, key=key: self._take(key + leaf, made, tensors))
         layer.lora_dropout[held.name].eval()
         self._routing.filled(layer, held.slot, held.name)
 
@@ -208,10 +233,48 @@ class DeviceAdapters:
         if held.name in self._active:
             self.activate(None)  # peft would make another adapter active in place of a deleted one
         for layer in held.layers.values():
-            layer.delete_adapter(held.name)
             self._routing.cleared(layer, held.slot)
+        self._delete(held)
         _tuner(self._peft).peft_config.pop(held.name, None)
         self._slots.append(held.slot)
+
+    @staticmethod
+    def _delete(held: _Held) -> None:
+        for layer in held.layers.values():
+            layer.delete_adapter(held.name)
+
+
+def _shape(config: LoraConfig) -> str:
+    """What decides which modules peft makes: the configuration, less where it comes from and how it began."""
+    said = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
+    return repr(sorted((k, repr(v)) for k, v in said.items() if k not in _NOT_OF_THE_SHAPE))
+
+
+def _containers(layer: LoraLayer, name: str) -> Iterator[tuple[str, Any]]:
+    """Where a layer keeps what it has under an adapter's name: the attribute and its dictionary."""
+    for attribute in layer.adapter_layer_names:
+        if name in (container := getattr(layer, attribute)):
+            yield attribute, container
+
+
+def _each_parameter(container: Any, name: str, new: Callable[[str, nn.Parameter], nn.Parameter]) -> None:
+    """Replace every parameter under a name; ``new`` is handed its path below the name, and what is there."""
+    made = container[name]
+    if isinstance(made, nn.Parameter):
+        container[name] = new("", made)
+        return
+    for leaf, parameter in list(made.named_parameters()):
+        setattr(made, leaf, new(f".{leaf}", parameter))
+    made.eval()
+
+
+def _without_memory(_: str, parameter: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+
+
+def _none_left(tensors: dict[str, torch.Tensor]) -> None:
+    if tensors:
+        raise AdapterRefused(f"{len(tensors)} tensors have no counterpart, the first is {min(tensors)!r}")
 
 
 def _wrapper(base: PreTrainedModel) -> PeftModelForCausalLM:

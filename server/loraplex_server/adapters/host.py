@@ -14,6 +14,8 @@ from loraplex_registry.errors import InvalidAdapter
 from loraplex_registry.validate import Limits, check_adapter
 from loraplex_server.engine.errors import AdapterRefused
 
+_PIECE = 1 << 14  # values; torch computes as few on the thread that asks
+
 
 @dataclass(frozen=True)
 class HostAdapter:
@@ -54,3 +56,23 @@ def _in_memory(mapped: torch.Tensor, pin: bool) -> torch.Tensor:
     held = torch.empty(mapped.shape, dtype=mapped.dtype, pin_memory=pin)
     np.copyto(held.view(torch.uint8).numpy(), mapped.view(torch.uint8).numpy())
     return held
+
+
+def arranged(adapter: HostAdapter, dtype: torch.dtype, b_by_rank: bool) -> HostAdapter:
+    """The adapter as the device will hold it, so that on a CPU nothing is copied when it is put there.
+
+    ``b_by_rank``: B lies in memory as (rank, outputs), as the kernels for CPUs read it; its shape stays the same.
+    In pieces too small for torch to start threads for, which would compete with the engine's.
+    """
+
+    def one(key: str, tensor: torch.Tensor) -> torch.Tensor:
+        held = tensor
+        if tensor.dtype != dtype:
+            held = torch.empty(tensor.shape, dtype=dtype)
+            for to, given in zip(held.view(-1).split(_PIECE), tensor.view(-1).split(_PIECE), strict=True):
+                to.copy_(given)
+        if b_by_rank and key.endswith("lora_B.weight") and dtype == torch.bfloat16:
+            held = torch.from_numpy(np.ascontiguousarray(held.view(torch.int16).numpy().T)).view(dtype).t()
+        return held
+
+    return HostAdapter(adapter.key, adapter.config, {key: one(key, tensor) for key, tensor in adapter.tensors.items()})

@@ -14,7 +14,7 @@ from time import monotonic
 import torch
 
 from loraplex_server.adapters.device import DeviceAdapters
-from loraplex_server.adapters.host import HostAdapter, read_adapter
+from loraplex_server.adapters.host import HostAdapter, arranged, read_adapter
 from loraplex_server.adapters.residency import Observer, Place, Residency, Unobserved
 from loraplex_server.engine.attention import KVTensors
 from loraplex_server.engine.backend import prepare
@@ -194,7 +194,7 @@ class Engine:
         """Compute some tokens of some requests; a request whose adapter or forward failed ends with its error."""
         failed: list[Delta] = []
         batch = self.scheduler.schedule(lambda request: self._place(request, failed), self._pin, self._release)
-        self.residency.install(self._forward_seconds * self.config.install_share if batch else inf)
+        self.residency.install(self._install_seconds() if batch else inf)
         if batch is None:
             return failed
         started = monotonic()
@@ -231,13 +231,23 @@ class Engine:
                     raise delta.request.error
         return [Completion(texts[r.id], r.output_ids, r.finish_reason or FinishReason.ERROR) for r in requests]
 
+    def _install_seconds(self) -> float:
+        """How long the next adapter may be worked on before this step: who waits for one and who runs share the time."""
+        on_device, least = set(self.residency.on_device), self.config.install_share
+        waiting = sum(r.adapter is not None and r.adapter not in on_device for r in self.scheduler.waiting)
+        return self._forward_seconds * max(least, least * 10 * waiting / len(self.scheduler.running))
+
     def _load(self, key: str) -> HostAdapter:
         folder = self._folders.get(key)
-        return self._read(key, folder) if folder else self._fetch(key)
+        return self._read(key, folder) if folder else self._arranged(self._fetch(key))
+
+    def _arranged(self, adapter: HostAdapter) -> HostAdapter:
+        on_cpu = self.base.device.type == "cpu"  # elsewhere the device arranges faster than the host
+        return arranged(adapter, self.backend.lora_dtype, self.backend.amx) if on_cpu else adapter
 
     def _read(self, key: str, folder: Path) -> HostAdapter:
         pin = self.base.device.type == "cuda"
-        return read_adapter(key, folder, self.base.description, self.config.max_rank, pin)
+        return self._arranged(read_adapter(key, folder, self.base.description, self.config.max_rank, pin))
 
     def _place(self, request: Request, failed: list[Delta]) -> Place:
         if request.adapter is None:

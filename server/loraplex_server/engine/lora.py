@@ -158,16 +158,16 @@ class Routing:
 
     def _forward(self, layer: Any, alone: Callable[..., torch.Tensor], known: _Layer) -> Callable[..., torch.Tensor]:
         """``alone`` is peft's forward of the layer."""
-        others = known.others
+        others, base_layer = known.others, layer.base_layer
         apply = partial(self._kernel.apply, table=known.table) if self._kernel and known.table else None
 
         def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:  # (…, tokens, in) → (…, tokens, out)
             along = self._along(x.shape[-2])
             if self._bound or (apply and not others):
-                return apply(layer.base_layer, x, along) if apply and along.adapted else layer.base_layer(x)
+                return apply(base_layer, x, along) if apply and along.adapted else base_layer.forward(x)
             if not self._mixed:
                 return alone(x, *args, **kwargs)
-            result = layer.base_layer(x, *args, **kwargs)
+            result = base_layer(x, *args, **kwargs)
             add_by_peft(result, x, along, layer)
             return result
 
