@@ -143,7 +143,8 @@ def _compute_dtype(dtype: str, device: torch.device) -> torch.dtype:
     if (chosen := DTYPES[dtype]) is not None:
         return chosen
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        # Turing and older only emulate it, far slower than float16.
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     # Without AVX-512 BF16 a CPU emulates bfloat16, slower than float32.
     return torch.bfloat16 if has_avx512bf16() else torch.float32
 
