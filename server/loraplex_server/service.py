@@ -6,7 +6,7 @@ Owns the meeting of engine, registry and metrics; knows no sockets and no header
 import asyncio
 import difflib
 import time
-from collections.abc import AsyncGenerator, Iterable, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from statistics import mean
 from typing import Any
@@ -20,12 +20,14 @@ from loraplex_server.engine.detokenize import TokenTexts, text_offsets
 from loraplex_server.engine.engine import Delta, Engine
 from loraplex_server.engine.errors import InvalidRequest
 from loraplex_server.engine.request import FinishReason, Request, TokenScore
+from loraplex_server.known import KnownVersions
 from loraplex_server.loop import EngineLoop
 from loraplex_server.metrics import BASE, Metrics, ServedVersion, Snapshot
 from loraplex_server.openai import CompletionBody
 from loraplex_server.watch import RegistrySource, RegistryWatch
 
 _LOAD_POLL_SECONDS = 0.02
+KNOWN_VERSIONS = 1024  # resolved last, beside those in memory: names for metrics, and whose new versions to fetch
 REGISTRY_THREADS = 32  # apart from all others, so that a registry that hangs holds up its own callers alone
 
 
@@ -102,7 +104,8 @@ class Service:
         self.started = int(time.time())
         self.watch = RegistryWatch(registry, self._warm, self._held_names, self._forget)
         self.token_texts = TokenTexts(self.base.tokenizer)
-        self._versions: dict[str, Version] = {}  # by digest: what was resolved here
+        most = max(KNOWN_VERSIONS, self.engine.config.max_waiting + self.engine.config.max_rows)  # all that wait
+        self._known = KnownVersions(most, lambda: self.engine.residency.in_host)
         metrics.observe_state(self.snapshot)
 
     def wants_base(self, body: CompletionBody) -> bool:
@@ -265,12 +268,10 @@ class Service:
             kv_blocks=engine.pages.pages,
             resident={"device": len(on_device), "host": len(residency.in_host)},
             slots={"device": residency.device_slots, "host": residency.host_slots},
-            served=tuple(
-                ServedVersion(v.name, str(v.number), v.digest) for d in on_device if (v := self._versions.get(d))
-            ),
+            served=tuple(ServedVersion(v.name, str(v.number), v.digest) for v in self._known.of(on_device)),
             max_loras=residency.device_slots,
-            running_adapters=self._names(on_device),
-            waiting_adapters=self._names(wanted),
+            running_adapters=self._known.names(on_device),
+            waiting_adapters=self._known.names(wanted),
             registry_up=self.watch.up,
             registry_sync_lag_seconds=self.watch.lag_seconds,
         )
@@ -303,23 +304,20 @@ class Service:
         return theirs.fingerprint == self.base.fingerprint if theirs.fingerprint else theirs.id == self.base.id
 
     def _remember(self, version: Version) -> Version:
-        self._versions[version.digest] = version
+        self._known.remember(version)
         return version
 
     def _held_names(self) -> tuple[str, ...]:
-        return self._names(self.engine.residency.in_host)
+        return self._known.names(self.engine.residency.in_host)
 
     def _forget(self, name: str) -> None:
         """The registry knows the name no more."""
         self.metrics.forget(name)
 
     def _warm(self, version: Version) -> None:
-        if any(v.name == version.name for v in list(self._versions.values())):  # it is in use here
+        if self._known.has(version.name):  # it is in use here
             self._remember(version)
             self.loop.warm(version.digest)
-
-    def _names(self, digests: Iterable[str]) -> tuple[str, ...]:
-        return tuple(sorted({v.name for digest in digests if (v := self._versions.get(digest))}))
 
     def _base_card(self) -> dict[str, Any]:
         base = self.base

@@ -365,3 +365,19 @@ def test_a_bias_on_every_token_does_not_hold_up_the_others():
     for _ in range(8):
         Sampler().sample([request], torch.zeros(1, 150_000))
     assert time.monotonic() - started < 2
+
+
+def test_what_the_server_knows_of_versions_does_not_grow_with_those_that_were_ever_asked_for(
+    base_folder, adapter_folders, registry, serve, monkeypatch
+):
+    """Every digest that was ever resolved stayed known for the life of the process."""
+    monkeypatch.setattr("loraplex_server.service.KNOWN_VERSIONS", 1)
+    for name in ("blue", "head"):
+        registry.push(name, adapter_folders[name], base=base_folder)
+    client = serve(max_waiting=1, max_rows=1)  # one at work, one waiting: two are known beside those in memory
+    for name in ("red", "green", "blue", "head"):
+        text(client, adapter=name)
+        if name != "head":
+            client.post("/v1/unload_lora_adapter", json={"lora_name": name})
+    assert len(client.app.state.service._known) == 2
+    assert client.app.state.service.snapshot().running_adapters == ("head",), "the one in memory still has its name"
