@@ -16,16 +16,15 @@ NAMES = 4096
 # Options that may hold any value; every other option must be absent or empty, so that none is ignored in silence.
 _ANY_VALUE = """
 alpha_pattern auto_mapping base_model_name_or_path corda_config ensure_weight_tying eva_config exclude_modules
-fan_in_fan_out inference_mode init_lora_weights layers_pattern layers_to_transform loftq_config lora_alpha lora_dropout
-lora_ga_config megatron_core peft_type peft_version qalora_group_size r rank_pattern revision runtime_config
-target_modules task_type use_rslora
+fan_in_fan_out inference_mode init_lora_weights layers_pattern layers_to_transform loftq_config lora_alpha lora_bias
+lora_dropout lora_ga_config megatron_core peft_type peft_version qalora_group_size r rank_pattern revision
+runtime_config target_modules task_type use_rslora
 """
 SERVED = frozenset(_ANY_VALUE.split())
 REFUSED = {
     "use_dora": "DoRA adapters are not served",
     "modules_to_save": "whole modules saved beside the LoRA weights are not served",
     "trainable_token_indices": "trained token embeddings are not served",
-    "lora_bias": "LoRA biases are not served",
     "layer_replication": "replicated layers are not served",
     "target_parameters": "LoRA on bare parameters is not served",
 }
@@ -74,7 +73,7 @@ def _wrong_types(config: dict[str, Any], max_rank: int) -> Iterator[str]:
     for key, alpha in {"lora_alpha": config.get("lora_alpha"), **_entries(config, "alpha_pattern")}.items():
         if not is_number(alpha):
             yield f"alpha {key} is {_short(alpha)}, expected a number"
-    for key in ("fan_in_fan_out", "use_rslora"):
+    for key in ("fan_in_fan_out", "use_rslora", "lora_bias", "ensure_weight_tying"):
         if not isinstance(config.get(key), bool | None):
             yield f"{key} is {_short(config[key])}, expected true or false"
     for key in ("target_modules", "exclude_modules", "layers_pattern"):

@@ -21,6 +21,8 @@ from .tensors import TensorInfo, mapped, read_header
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
+HEADS = ("lm_head", "embed_out")  # GPT-NeoX's checkpoints say embed_out where transformers' module is lm_head
+INPUT_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in")
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,19 @@ class BaseDescription:
     def weight_of(self, module: str) -> str | None:
         """The stored tensor of a module path such as `model.layers.0.mlp.up_proj`, or None.
 
-        A checkpoint may lack the module path's first part: gpt2 stores `h.0…` for `transformer.h.0…`.
+        A checkpoint may lack the module path's first part: gpt2 stores `h.0…` for `transformer.h.0…`. The output head
+        may be stored under another name, or, if it is tied, as the input embedding.
         """
-        candidates = (f"{module}.weight", f"{module.partition('.')[2]}.weight")
+        candidates = [f"{module}.weight", f"{module.partition('.')[2]}.weight"]
+        if module in HEADS:
+            candidates += [f"{name}.weight" for name in HEADS]
+            candidates += [name for name in self.shapes if self.tied and _leaf(name) in INPUT_EMBEDDINGS]
         return next((name for name in candidates if name in self.shapes), None)
+
+
+def _leaf(tensor: str) -> str:
+    """The name of the module that a stored weight belongs to: `model.embed_tokens.weight` → `embed_tokens`."""
+    return tensor.removesuffix(".weight").rpartition(".")[2]
 
 
 def describe_base(id_or_path: str | Path, revision: str | None = None) -> BaseDescription:
@@ -124,7 +135,7 @@ def _description(
     name: str, revision: str | None, fingerprint: str | None, config: dict[str, Any], shapes: dict[str, tuple[int, ...]]
 ) -> BaseDescription:
     architecture = (config.get("architectures") or ["unknown"])[0]
-    tied = bool(config.get("tie_word_embeddings", "lm_head.weight" not in shapes))
+    tied = bool(config.get("tie_word_embeddings", not any(f"{head}.weight" in shapes for head in HEADS)))
     return BaseDescription(name, revision, fingerprint, architecture, shapes, tied)
 
 

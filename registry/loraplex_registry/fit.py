@@ -8,15 +8,16 @@ from functools import cached_property
 from itertools import islice
 from typing import Any
 
-from .base import BaseDescription
+from .base import HEADS, INPUT_EMBEDDINGS, BaseDescription
 from .tensors import TensorInfo
 
 DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
-EMBEDDINGS = {"embed_tokens", "wte", "wpe", "word_embeddings", "embed_in"}
-HEADS = {"lm_head", "embed_out"}
+EMBEDDINGS = {*INPUT_EMBEDDINGS, "wpe"}  # modules that look up ids; gpt2's wpe looks up positions
+POSITIONS = {"embed_positions"}  # embeddings that are given more than ids, so that peft's LoRA on them is not theirs
 HINTS = 3  # each is a search through the base's modules: a few are help enough
 SEARCHED = 4096
-_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.(?P<part>lora_(A\.weight|B\.weight|B\.bias|embedding_[AB]))")
+_SINGLE_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 @dataclass
@@ -26,50 +27,69 @@ class Fit:
     config: dict[str, Any]
     header: dict[str, TensorInfo]
     base: BaseDescription
-    modules: dict[str, dict[str, TensorInfo]] = field(default_factory=dict)  # module path -> {"A": …, "B": …}
+    modules: dict[str, dict[str, TensorInfo]] = field(default_factory=dict)  # module path -> {"lora_A.weight": …, …}
     hints: int = 0
 
     def reasons(self) -> Iterator[str]:
         yield from self._odd_keys()
-        for module, sides in self.modules.items():
-            yield from self._odd_module(module, sides)
+        for module, parts in self.modules.items():
+            yield from self._odd_module(module, parts)
         yield from self._untouched()
 
     def _odd_keys(self) -> Iterator[str]:
         for key, info in sorted(self.header.items()):
             found = _KEY.fullmatch(key)
-            if not found:
+            if key.endswith(".base_layer.weight"):
+                yield (
+                    f"{key}: this is the base's own weight, which all adapters share; "
+                    "save the adapter with save_embedding_layers=False"
+                )
+            elif not found:
                 yield f"{key}: expected base_model.model.<module>.lora_A.weight or .lora_B.weight"
             elif info.dtype not in DTYPES:
                 yield f"{key}: dtype {info.dtype}, expected one of {', '.join(DTYPES)}"
             else:
-                self.modules.setdefault(found["module"], {})[found["side"]] = info
+                self.modules.setdefault(found["module"], {})[found["part"]] = info
 
-    def _odd_module(self, module: str, sides: dict[str, TensorInfo]) -> Iterator[str]:
+    def _odd_module(self, module: str, parts: dict[str, TensorInfo]) -> Iterator[str]:
         key = f"base_model.model.{module}"
-        for side, other in ("AB", "BA"):
-            if side not in sides:
-                yield f"{key}.lora_{other}.weight has no lora_{side}"
-                return
         leaf = module.rpartition(".")[2]
         stored = self.base.weight_of(module)
-        if leaf in EMBEDDINGS:
-            yield f"{key}: LoRA on embeddings is not served"
-        elif leaf in HEADS and (self.base.tied or stored is None):
-            yield f"{key}: in {self.base.id} this module shares the embedding's weight; LoRA on it is not served"
-        elif stored is None:
+        if stored is None:
             yield f"{key}: no module '{module}' in base {self.base.id}{self._nearest(module, self._base_modules())}"
         elif len(self.base.shapes[stored]) != 2:
             yield f"{key}: '{module}' is not a linear layer, its weight has shape {list(self.base.shapes[stored])}"
+        elif leaf in POSITIONS:
+            yield f"{key}: LoRA on this kind of embedding is not served"
+        elif leaf in EMBEDDINGS and self.config.get("lora_bias"):
+            yield f"{key}: lora_bias is True, and peft has no LoRA biases on embeddings"
+        elif leaf in {*EMBEDDINGS, *HEADS} and self.base.tied and self.config.get("ensure_weight_tying"):
+            yield f"{key}: ensure_weight_tying is True: adapters that embedding and output head share are not served"
         elif not self._targeted(module):
             yield f"{key}: target_modules does not name this module, so its weights would be ignored"
         else:
-            outputs, inputs = self._linear(self.base.shapes[stored])
-            rank = self._rank(module)
-            for side, expected in (("A", (rank, inputs)), ("B", (outputs, rank))):
-                if sides[side].shape != expected:
-                    found = list(sides[side].shape)
-                    yield f"{key}.lora_{side}.weight has shape {found}, expected {list(expected)} (rank {rank})"
+            yield from self._odd_parts(module, parts, self._expected(module, stored))
+
+    def _odd_parts(self, module: str, parts: dict[str, TensorInfo], expected: dict[str, list[int]]) -> Iterator[str]:
+        """Tensors of one module that are missing, too many, or of another shape."""
+        key, rank = f"base_model.model.{module}", self._rank(module)
+        for part in sorted(expected.keys() - parts.keys()):
+            yield f"{key}.{min(parts)} has no {part.removesuffix('.weight')}"
+        for part in sorted(parts):
+            if part not in expected:
+                yield f"{key}.{part}: expected {' and '.join(expected)} for this module"
+            elif list(parts[part].shape) != expected[part]:
+                yield f"{key}.{part} has shape {list(parts[part].shape)}, expected {expected[part]} (rank {rank})"
+
+    def _expected(self, module: str, stored: str) -> dict[str, list[int]]:
+        """The shapes that peft would save for a module."""
+        rank, shape = self._rank(module), self.base.shapes[stored]
+        leaf = module.rpartition(".")[2]
+        if leaf in EMBEDDINGS:
+            return {"lora_embedding_A": [rank, shape[0]], "lora_embedding_B": [shape[1], rank]}
+        outputs, inputs = (shape[0], shape[1]) if leaf in HEADS else self._linear(shape)
+        bias = {"lora_B.bias": [outputs]} if self.config.get("lora_bias") else {}
+        return {"lora_A.weight": [rank, inputs], "lora_B.weight": [outputs, rank], **bias}
 
     def _untouched(self) -> Iterator[str]:
         """Targets that match nothing, and modules that are targeted but have no tensors."""
@@ -81,8 +101,11 @@ class Fit:
             if target not in endings:
                 hint = self._nearest(target, leaves)
                 yield f"target_modules: no module of base {self.base.id} is called '{target}'{hint}"
+        # Experts that are stored one by one are one tensor a layer in the model, so a name reaches only the modules
+        # beside them. Who trained them one by one has tensors for them, and all must be there; the server refuses it.
+        experts = any(map(_SINGLE_EXPERT.search, self.modules))
         for module in targeted:
-            if module not in self.modules:
+            if module not in self.modules and (experts or not _SINGLE_EXPERT.search(module)):
                 yield f"target_modules names '{module}', which has no tensors in the file"
         if isinstance(self._targets, str) and self._targets != "all-linear":
             for module in sorted(self._others(every)):
@@ -100,12 +123,15 @@ class Fit:
         lacking = {
             module.removesuffix(stored.removesuffix(".weight"))
             for module in self.modules
-            if (stored := self.base.weight_of(module)) and f"{module}.weight" != stored
+            if module not in HEADS and (stored := self.base.weight_of(module)) and f"{module}.weight" != stored
         }
         prefix = min(lacking, default="")
         for tensor, shape in self.base.shapes.items():
             if tensor.endswith(".weight") and len(shape) == 2:
-                yield prefix + tensor.removesuffix(".weight")
+                module = tensor.removesuffix(".weight")
+                yield module if module in HEADS else prefix + module
+        if "lm_head.weight" not in self.base.shapes and self.base.weight_of("lm_head"):
+            yield "lm_head"
 
     @cached_property
     def _targets(self) -> str | frozenset[str]:
@@ -121,7 +147,7 @@ class Fit:
         if self._matches(self._excluded, module):
             return False
         if targets == "all-linear":
-            return leaf not in EMBEDDINGS | HEADS
+            return leaf not in {*EMBEDDINGS, *HEADS}
         return self._matches(targets, module) and (isinstance(targets, str) or self._layer_wanted(module))
 
     def _matches(self, names: str | frozenset[str], module: str) -> bool:

@@ -21,6 +21,7 @@ from .tensors import TensorInfo, mapped, read_header
 WEIGHTS = "adapter_model.safetensors"
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 FILES = 200
+RANKED = (".lora_A.weight", ".lora_embedding_A")  # tensors whose first dimension is the rank
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,7 @@ class CheckedAdapter:
     @property
     def targets(self) -> tuple[str, ...]:
         """The adapted modules' last names, sorted: ("down_proj", "q_proj", …)."""
-        return tuple(sorted({key.split(".")[-3] for key in self.tensors}))
+        return tuple(sorted({key.rpartition(".lora_")[0].rpartition(".")[2] for key in self.tensors}))
 
 
 def check_adapter(
@@ -69,7 +70,9 @@ def check_adapter(
         config=config,
         files=files,
         tensors={key: (info.dtype, info.shape) for key, info in header.items()},
-        rank=max(info.shape[0] for key, info in header.items() if key.endswith(".lora_A.weight")),
+        rank=max(
+            info.shape[0] for key, info in header.items() if key.endswith((".lora_A.weight", ".lora_embedding_A"))
+        ),
         receipt=receipt,
     )
 

@@ -12,7 +12,7 @@ from loraplex_registry.base import BaseDescription, describe_base
 from loraplex_registry.errors import InvalidAdapter
 from loraplex_registry.validate import Limits, check_adapter
 
-from .conftest import HIDDEN, INNER, Adapter, make_base, make_receipt
+from .conftest import HIDDEN, INNER, VOCAB, Adapter, make_base, make_receipt
 
 UP0 = "base_model.model.model.layers.0.mlp.up_proj"
 A0, B0 = f"{UP0}.lora_A.weight", f"{UP0}.lora_B.weight"
@@ -133,7 +133,7 @@ def test_broken_config(base, tmp_path, text):
         ({"modules_to_save": ["lm_head"]}, "modules_to_save is ['lm_head']: whole modules"),
         ({"bias": "all"}, "bias is 'all'; adapters with trained biases"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices is [1]: trained token"),
-        ({"lora_bias": True}, "lora_bias is True: LoRA biases"),
+        ({"lora_bias": "yes"}, "lora_bias is 'yes', expected true or false"),
         ({"brand_new_option": {"a": 1}}, "brand_new_option is {'a': 1}: this option is not served"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa': it changes the base's weights"),
         ({"r": 0}, "rank r is 0, expected a whole number from 1 to 256"),
@@ -205,21 +205,120 @@ def test_foreign_keys(refused, key):
     assert refused(adapter)[0].startswith(f"{key}: expected base_model.model.<module>.lora_A.weight")
 
 
-def test_embedding_keys(refused):
-    adapter = Adapter()
-    adapter.tensors["base_model.model.model.embed_tokens.lora_embedding_A"] = np.zeros((4, 32), np.float32)
-    assert "expected base_model.model.<module>" in refused(adapter)[0]
-    adapter = Adapter()
-    for side, shape in (("A", (4, 8)), ("B", (32, 4))):
-        adapter.tensors[f"base_model.model.model.embed_tokens.lora_{side}.weight"] = np.zeros(shape, np.float32)
-    assert refused(adapter)[0].endswith("LoRA on embeddings is not served")
+EMBEDDING, HEAD = "base_model.model.model.embed_tokens", "base_model.model.lm_head"
 
 
-def test_tied_head(refused):
-    adapter = Adapter()
-    for side, shape in (("A", (4, 8)), ("B", (32, 4))):
-        adapter.tensors[f"base_model.model.lm_head.lora_{side}.weight"] = np.zeros(shape, np.float32)
-    assert "shares the embedding's weight" in refused(adapter)[0]
+def on_ends(*targets: str, rank: int = 4, **config) -> Adapter:
+    """An adapter of the embedding, or the head, or both, and nothing else."""
+    adapter = Adapter(rank=rank, targets=(), config={"target_modules": list(targets), **config})
+    if "embed_tokens" in targets:
+        adapter.tensors[f"{EMBEDDING}.lora_embedding_A"] = np.zeros((rank, VOCAB), np.float32)
+        adapter.tensors[f"{EMBEDDING}.lora_embedding_B"] = np.zeros((HIDDEN, rank), np.float32)
+    if "lm_head" in targets:
+        adapter.tensors[f"{HEAD}.lora_A.weight"] = np.zeros((rank, HIDDEN), np.float32)
+        adapter.tensors[f"{HEAD}.lora_B.weight"] = np.zeros((VOCAB, rank), np.float32)
+    return adapter
+
+
+def test_embeddings_and_a_tied_head(check):
+    checked = check(on_ends("embed_tokens", "lm_head", rank=5))
+    assert (checked.rank, checked.targets) == (5, ("embed_tokens", "lm_head"))
+    assert check(on_ends("embed_tokens")).rank == 4
+    check(on_ends("lm_head"))
+
+
+def test_what_does_not_fit_an_embedding(refused):
+    adapter = on_ends("embed_tokens")
+    adapter.tensors[f"{EMBEDDING}.lora_embedding_A"] = np.zeros((4, VOCAB - 1), np.float32)
+    assert refused(adapter) == (
+        f"{EMBEDDING}.lora_embedding_A has shape [4, {VOCAB - 1}], expected [4, {VOCAB}] (rank 4)",
+    )
+    adapter = on_ends("embed_tokens")
+    del adapter.tensors[f"{EMBEDDING}.lora_embedding_B"]
+    assert refused(adapter) == (f"{EMBEDDING}.lora_embedding_A has no lora_embedding_B",)
+    adapter = on_ends("embed_tokens")
+    adapter.tensors[f"{EMBEDDING}.lora_A.weight"] = np.zeros((4, HIDDEN), np.float32)
+    assert "expected lora_embedding_A and lora_embedding_B for this module" in refused(adapter)[0]
+    adapter = Adapter(config={"target_modules": ["up_proj", "down_proj", "embed_tokens"]})
+    assert refused(adapter) == ("target_modules names 'model.embed_tokens', which has no tensors in the file",)
+    assert "peft has no LoRA biases on embeddings" in refused(on_ends("embed_tokens", lora_bias=True))[0]
+
+
+def test_the_bases_own_weights_saved_beside_an_adapter(refused):
+    """What peft's save_pretrained adds unless it is told not to."""
+    adapter = on_ends("lm_head")
+    adapter.tensors[f"{HEAD}.base_layer.weight"] = np.zeros((VOCAB, HIDDEN), np.float32)
+    assert "save the adapter with save_embedding_layers=False" in refused(adapter)[0]
+
+
+def test_adapters_tied_to_each_other(refused, check, tmp_path):
+    adapter = on_ends("embed_tokens", "lm_head", ensure_weight_tying=True)
+    assert all("ensure_weight_tying is True" in reason for reason in refused(adapter))
+    check(Adapter(config={"ensure_weight_tying": True}))  # it says nothing about what is adapted
+
+
+def test_a_head_that_is_not_there(tmp_path, refused):
+    base = describe_base(make_base(tmp_path / "headless", tie_word_embeddings=False))
+    assert "no module 'lm_head' in base" in refused(on_ends("lm_head"), base=base)[0]
+
+
+def test_a_head_that_the_checkpoint_calls_embed_out(check, refused):
+    shapes = {"gpt_neox.embed_in.weight": (VOCAB, HIDDEN), "embed_out.weight": (VOCAB, HIDDEN)}
+    neox = BaseDescription("neox", None, None, "GPTNeoXForCausalLM", shapes)
+    assert check(on_ends("lm_head"), base=neox).targets == ("lm_head",)
+    wrong = on_ends("lm_head")
+    wrong.tensors[f"{HEAD}.lora_A.weight"] = np.zeros((4, HIDDEN + 1), np.float32)
+    assert "has shape" in refused(wrong, base=neox)[0]
+
+
+def test_a_head_beside_conv1d_is_linear(check):
+    """gpt2: nothing of the module's path stands before lm_head, and its weight is (outputs, inputs)."""
+    shapes = {"wte.weight": (VOCAB, HIDDEN), "wpe.weight": (99, HIDDEN), "h.0.attn.c_attn.weight": (HIDDEN, 24)}
+    gpt2 = BaseDescription("gpt2", None, None, "GPT2LMHeadModel", shapes, tied=True)
+    adapter = on_ends("lm_head", fan_in_fan_out=True)
+    adapter.config["target_modules"] = ["lm_head", "c_attn", "transformer.wpe"]
+    key = "base_model.model.transformer."
+    for part, shape in (("lora_A", (4, HIDDEN)), ("lora_B", (24, 4))):
+        adapter.tensors[f"{key}h.0.attn.c_attn.{part}.weight"] = np.ones(shape, np.float32)
+    adapter.tensors |= {f"{key}wpe.lora_embedding_A": np.ones((4, 99), np.float32)}
+    adapter.tensors |= {f"{key}wpe.lora_embedding_B": np.ones((HIDDEN, 4), np.float32)}
+    assert check(adapter, base=gpt2).targets == ("c_attn", "lm_head", "wpe")
+    assert check(on_ends("lm_head"), base=gpt2).targets == ("lm_head",)
+
+
+def test_lora_biases(check, refused):
+    adapter = Adapter(config={"lora_bias": True})
+    assert len(refused(adapter)) == 4
+    for key in [key for key in adapter.tensors if "lora_B" in key]:
+        adapter.tensors[key.replace(".weight", ".bias")] = np.zeros(len(adapter.tensors[key]), np.float32)
+    assert check(adapter).rank == 4
+    adapter.config["lora_bias"] = False
+    assert all("expected lora_A.weight and lora_B.weight for this module" in reason for reason in refused(adapter))
+    adapter.config["lora_bias"] = True
+    adapter.tensors[B0.replace(".weight", ".bias")] = np.zeros(INNER + 1, np.float32)
+    assert refused(adapter)[0].endswith(f"lora_B.bias has shape [{INNER + 1}], expected [{INNER}] (rank 4)")
+
+
+def test_names_that_single_experts_share(check, refused):
+    """The experts of a layer are one tensor in the model: peft's names reach the modules beside them."""
+    shapes = {f"model.layers.0.mlp.experts.{i}.up_proj.weight": (INNER, HIDDEN) for i in range(3)}
+    shapes |= {"model.layers.0.mlp.shared_expert.up_proj.weight": (INNER, HIDDEN)}
+    experts = BaseDescription("experts", None, None, "Qwen2MoeForCausalLM", shapes)
+
+    def tensors(module: str) -> dict[str, np.ndarray]:
+        key = f"base_model.model.model.layers.0.mlp.{module}.up_proj"
+        return {
+            f"{key}.lora_A.weight": np.ones((4, HIDDEN), np.float32),
+            f"{key}.lora_B.weight": np.ones((INNER, 4), np.float32),
+        }
+
+    adapter = Adapter(targets=(), config={"target_modules": ["up_proj"]}, tensors=tensors("shared_expert"))
+    assert check(adapter, base=experts).targets == ("up_proj",)
+    adapter.tensors |= tensors("experts.1")  # made when experts were modules, and half of it lost
+    assert [reason.partition("which")[0] for reason in refused(adapter, base=experts)] == [
+        "target_modules names 'model.layers.0.mlp.experts.0.up_proj', ",
+        "target_modules names 'model.layers.0.mlp.experts.2.up_proj', ",
+    ]
 
 
 def test_wrong_shapes_name_found_and_expected(refused):

@@ -261,17 +261,36 @@ KINDS = {
     "layers_pattern": Kind({"targets": QV, "layers_to_transform": 0, "layers_pattern": "layers"}),
     "exclude_modules": Kind({"targets": ["q_proj", "up_proj"], "exclude_modules": ["layers.0.self_attn.q_proj"]}),
     "lm_head": Kind({"targets": ["lm_head"]}),
-    "tied lm_head": Kind({"targets": ["lm_head", "q_proj"]}, "shares the embedding's weight", options=TIED),
+    "a head that its checkpoint calls embed_out": Kind({"targets": ["lm_head"]}, base="gpt_neox"),
+    "tied lm_head": Kind({"targets": ["lm_head", "q_proj"]}, options=TIED),
+    "tied lm_head beside Conv1D": Kind({"targets": ["lm_head", "c_attn"]}, base="gpt2"),
+    "tied lm_head of a narrow embedding": Kind({"targets": ["lm_head"]}, base="opt"),
+    "tied lm_head of BLOOM": Kind({"targets": ["lm_head"]}, base="bloom"),
     "projections around the layers": Kind({"targets": ["project_in", "project_out"]}, base="opt"),
     "a shared expert and its gate": Kind(
         {"targets": ["shared_expert.up_proj", "shared_expert_gate"]}, base="qwen2_moe"
     ),
-    "embedding": Kind({"targets": ["embed_tokens", "q_proj"]}, "embed_tokens.lora_embedding_A: expected"),
-    "tied embedding": Kind({"targets": ["embed_tokens"]}, "embed_tokens.lora_embedding_A: expected", options=TIED),
-    "learned positions": Kind({"targets": ["wpe"]}, "wpe.lora_embedding_A: expected", base="gpt2"),
+    "a name that experts have too": Kind({"targets": ["gate_proj"]}, base="qwen2_moe"),
+    "embedding": Kind({"targets": ["embed_tokens", "q_proj"]}),
+    "embedding alone": Kind({"targets": ["embed_tokens"], "use_rslora": True}),
+    "tied embedding": Kind({"targets": ["embed_tokens"]}, options=TIED),
+    "embedding and head": Kind({"targets": ["embed_tokens", "lm_head"], "rank_pattern": {"lm_head": 7}}, options=TIED),
+    "scaled embedding": Kind({"targets": ["embed_tokens", "q_proj"]}, base="gemma2"),
+    "scaled embedding of gemma3": Kind({"targets": ["embed_tokens"]}, base="gemma3_text"),
+    "embedding by pattern": Kind({"targets": r".*\.embed_in", "alpha_pattern": {"embed_in": 64}}, base="gpt_neox"),
+    "embedding of BLOOM": Kind({"targets": ["word_embeddings"]}, base="bloom"),
+    "narrow embedding": Kind({"targets": ["embed_tokens"]}, base="opt"),
+    "embedding of one row after another": Kind({"targets": ["embed_tokens"]}, base="phi3-longrope"),
+    "learned positions": Kind({"targets": ["wpe", "wte"]}, base="gpt2"),
+    "learned positions of OPT": Kind({"targets": ["embed_positions"]}, "this kind of embedding", base="opt"),
+    "tied adapters": Kind(
+        {"targets": ["embed_tokens"], "ensure_weight_tying": True}, "ensure_weight_tying is True", options=TIED
+    ),
     "bias of LoRA layers": Kind({"targets": ["c_attn"], "bias": "lora_only"}, "bias is 'lora_only'", base="gpt2"),
     "all biases": Kind({"targets": ["c_attn"], "bias": "all"}, "bias is 'all'", base="gpt2"),
-    "lora_bias": Kind({"targets": ["c_attn"], "lora_bias": True}, "LoRA biases are not served", base="gpt2"),
+    "lora_bias": Kind({"targets": ["c_attn"], "lora_bias": True}, base="gpt2"),
+    "lora_bias and rsLoRA": Kind({"targets": QV, "lora_bias": True, "use_rslora": True}, base="qwen2"),
+    "lora_bias on layers without": Kind({"targets": ["q_proj", "down_proj", "lm_head"], "lora_bias": True}),
     "modules_to_save": Kind({"targets": QV, "modules_to_save": ["lm_head"]}, "whole modules saved beside"),
     "a norm to save": Kind({"targets": QV, "modules_to_save": ["norm"]}, "whole modules saved beside"),
     "DoRA": Kind({"targets": QV, "use_dora": True}, "DoRA adapters are not served"),
@@ -301,7 +320,9 @@ def bases(tmp_path_factory):
 
 
 @pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings=True")  # peft's advice to who makes such adapters
-@pytest.mark.filterwarnings("ignore:Adapter 'default'. 2 LoRA tensor.s. have invalid shape")  # it means the LoRA biases
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to")  # gpt2's head, unlike its other layers
+@pytest.mark.filterwarnings("ignore:.lora_bias=True. was passed but:peft.utils.warning.PeftWarning")  # merging is not
+@pytest.mark.filterwarnings("ignore:Adapter 'default'. . LoRA tensor.s. have invalid shape")  # it means the LoRA biases
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_every_kind_of_lora_is_right_or_refused(tmp_path, bases, kind):
     """Beside the base and an ordinary adapter in one batch; each is held to peft with that adapter alone."""
@@ -327,6 +348,80 @@ def test_every_kind_of_lora_is_right_or_refused(tmp_path, bases, kind):
     assert len(set(map(tuple, answers))) == len(answers), "all must answer differently, or this test proves nothing"
 
 
+# Of a family: where ids and positions are looked up, and linear layers. Each base's head is tied to its embedding.
+LOOKED_UP = {
+    "llama": (["embed_tokens"], ["q_proj", "down_proj"]),
+    "gemma2": (["embed_tokens"], ["q_proj", "down_proj"]),
+    "gpt2": (["wte", "wpe"], ["c_attn", "c_proj"]),
+    "bloom": (["word_embeddings"], ["query_key_value", "dense"]),
+}
+
+
+@pytest.fixture(scope="module", params=LOOKED_UP)
+def peculiar(request, tmp_path_factory) -> Family:
+    """Adapters that differ in what they adapt: embeddings, the head, both, linear layers with and without biases."""
+    root, (looked_up, linear) = tmp_path_factory.mktemp(request.param), LOOKED_UP[request.param]
+    base = make_base(root / "base", request.param, **(TIED if request.param == "llama" else {}))
+    adapters = {
+        "ids": make_adapter(root / "ids", base, targets=looked_up, seed=1),
+        "ids and head": make_adapter(root / "both", base, rank=7, targets=[*looked_up, "lm_head"], seed=2),
+        "ids and layers": make_adapter(
+            root / "more", base, rank=2, targets=[*looked_up, *linear], seed=3, lora_alpha=9
+        ),
+        "biases": make_adapter(root / "biases", base, targets=linear, seed=4, lora_bias=True),
+        "layers": make_adapter(root / "layers", base, rank=3, targets=linear, seed=5, use_rslora=True),
+    }
+    return Family(request.param, base, adapters, PeftAlone(base, adapters))
+
+
+@pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings=True")
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to")
+@pytest.mark.filterwarnings("ignore:.lora_bias=True. was passed but:peft.utils.warning.PeftWarning")
+@pytest.mark.filterwarnings("ignore:Adapter .* LoRA tensor.s. have invalid shape")
+@pytest.mark.parametrize(
+    "config", [{}, {"step_tokens": 9, "page_tokens": 3}, {"max_loras": 2}, {"paged": False}], ids=str
+)
+def test_embeddings_heads_and_biases_share_steps(peculiar, config):
+    engine = engine_for(peculiar.folder, peculiar.adapters, **config)
+    steps, route = [], engine.device.route
+    engine.device.route = lambda batch: steps.append(len(batch.adapters)) or route(batch)
+    prompts, adapters = peculiar.asked
+    answers = [answer.token_ids for answer in engine.generate(prompts, GREEDY, adapters)]
+    assert answers == peculiar.alone.answers(prompts, adapters, engine.base.tokenizer)
+    assert (max(steps) > 1) == config.get("paged", True)
+    assert len({tuple(map(tuple, answers[i::6])) for i in range(6)}) == 6
+
+
+@pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings=True")
+@pytest.mark.filterwarnings("ignore:.lora_bias=True. was passed but:peft.utils.warning.PeftWarning")
+@pytest.mark.filterwarnings("ignore:Adapter .* LoRA tensor.s. have invalid shape")
+def test_embeddings_heads_and_biases_beside_the_kernels(tmp_path, bases):
+    """In bfloat16, with kernels where the machine has them: these go through peft's modules, the plain ones do not.
+
+    Held to peft as the 4-bit logits are; see test_nf4_logits_of_a_mixed_step_are_those_of_peft.
+    """
+    base_folder = bases("llama", {"hidden_size": 128, "num_attention_heads": 2, **TIED})
+    several = {"ids": ["embed_tokens", "lm_head"], "biases": ["q_proj", "down_proj"], "plain": "all-linear"}
+    folders = {
+        key: make_adapter(tmp_path / key, base_folder, targets=targets, seed=i, strength=1, lora_bias=key == "biases")
+        for i, (key, targets) in enumerate(several.items(), 1)
+    }
+    load = {"quantization": "none", "device": "cpu", "dtype": "bfloat16"}
+    engine = Engine(load_base(str(base_folder), **load))
+    for key, folder in folders.items():
+        engine.add_adapter(key, folder)
+    engine.generate(PROMPTS[:3], SamplingParams(max_tokens=1, temperature=0), list(folders))  # all on the device now
+    seen, adapters = watch_logits(engine), [None, *folders]
+    engine.generate([PROMPTS[3]] * 4, SamplingParams(max_tokens=3, temperature=0, logit_bias={0: -100}), adapters)
+    assert {adapter for _, adapter, _ in seen} == set(adapters)
+    alone = PeftAlone(base_folder, folders, load_base(str(base_folder), **load).model)
+    for ids, adapter, logits in seen:
+        expected = alone.logits(ids, adapter).float()
+        torch.testing.assert_close(logits.float(), expected, rtol=0, atol=0.05 * float(expected.abs().max()))
+        for other in {*adapters} - {adapter}:
+            assert float((logits - alone.logits(ids, other)).abs().max()) > 0.1 * float(expected.abs().max())
+
+
 def test_an_adapter_of_single_experts_is_refused_whole(tmp_path, bases):
     """As made when every expert was a module of its own; in the model they are one tensor, which LoRA cannot wrap."""
     base = bases("mixtral", {})
@@ -340,7 +435,7 @@ def test_an_adapter_of_single_experts_is_refused_whole(tmp_path, bases):
     save_file(tensors, folder / "adapter_model.safetensors")
     engine = engine_for(base, {})
     before = engine.generate(PROMPTS, GREEDY)
-    with pytest.raises(AdapterRefused, match=r"experts\.0\.w1"):
+    with pytest.raises(AdapterRefused, match=r"experts\.0\.w1.*experts are one tensor"):
         engine.add_adapter("it", folder)
         engine.generate(PROMPTS, GREEDY, "it")
     assert engine.generate(PROMPTS, GREEDY) == before

@@ -274,7 +274,9 @@ def _without_memory(_: str, parameter: nn.Parameter) -> nn.Parameter:
 
 def _none_left(tensors: dict[str, torch.Tensor]) -> None:
     if tensors:
-        raise AdapterRefused(f"{len(tensors)} tensors have no counterpart, the first is {min(tensors)!r}")
+        first = min(tensors)
+        why = "; a layer's experts are one tensor here, which LoRA does not reach" if ".experts." in first else ""
+        raise AdapterRefused(f"{len(tensors)} tensors have no counterpart, the first is {first!r}{why}")
 
 
 def _wrapper(base: PreTrainedModel) -> PeftModelForCausalLM:

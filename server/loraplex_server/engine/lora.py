@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import Embedding, LoraLayer
 from torch import nn
 
 from loraplex_server.engine.batch import Batch
@@ -112,9 +112,13 @@ class Routing:
 
     def attach(self, layer: Any) -> None:
         """Make a LoRA layer look here."""
+        self.generation += 1
+        if isinstance(layer, Embedding):
+            self._layers[layer] = _Layer(None)
+            layer.forward = self._look_up(layer, layer.forward)
+            return
         table = self._kernel.table(layer, self._slots, self._max_rank) if self._kernel else None
         self._layers[layer] = known = _Layer(table)
-        self.generation += 1
         layer.forward = self._forward(layer, layer.forward, known)
 
     def filled(self, layer: Any, slot: int, name: str) -> None:
@@ -173,6 +177,31 @@ class Routing:
 
         return forward
 
+    def _look_up(self, layer: Any, alone: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        """The same for an embedding, which is given ids, and always those of all tokens."""
+
+        def forward(ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:  # (…, tokens) → (…, tokens, width)
+            if not (self._mixed or self._bound):
+                return alone(ids, *args, **kwargs)
+            result = layer.base_layer(ids, *args, **kwargs)
+            if not self._bound:
+                embed_by_peft(result, ids, self._tokens, layer)
+            return result
+
+        return forward
+
+
+def embed_by_peft(out: torch.Tensor, ids: torch.Tensor, along: Along, layer: Any) -> None:
+    """What peft's own forward adds to the embeddings of ids, one segment after another."""
+    scale = layer._get_embed_scale()  # gemma's embeddings are scaled as they are looked up
+    for name, _, first, last in along.segments:
+        if name in layer.lora_embedding_A and first < last:
+            a, b = layer.lora_embedding_A[name].T, layer.lora_embedding_B[name].T
+            part = layer._embed(ids[..., first:last], a) @ b * layer.scaling[name]
+            if scale is not None:
+                part = part * scale.to(part.dtype)
+            out[..., first:last, :] = out[..., first:last, :] + part  # summed in the wider dtype, then rounded
+
 
 def add_by_peft(out: torch.Tensor, x: torch.Tensor, along: Along, layer: Any) -> None:
     """The reference: through peft's modules, one segment after another."""
@@ -187,7 +216,7 @@ def _is_plain(layer: Any, name: str, dtype: torch.dtype) -> bool:
     """Whether the adapter is two matrices in this layer and nothing else, in the kernel's dtype."""
     variants = getattr(layer, "lora_variant", {})
     return (
-        name in layer.lora_A
+        name in layer.lora_A  # an embedding's are elsewhere
         and name not in variants
         and layer.lora_B[name].bias is None
         and layer.lora_A[name].weight.dtype == layer.lora_B[name].weight.dtype == dtype
