@@ -75,17 +75,22 @@ def fingerprint_base(folder: str | Path) -> str:
     files = _checkpoint_files(Path(folder))
     stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     key = hashlib.sha256(json.dumps(stats).encode()).hexdigest()
-    note = user_cache_path("loraplex") / "fingerprints" / key
-    with suppress(OSError):  # no note, or one that cannot be read: compute
-        return note.read_text()
+    with suppress(OSError, RuntimeError):  # no home, no note, or one that cannot be read: compute
+        return _note(key).read_text()
     fingerprint = _fingerprint(files)
-    with suppress(OSError):  # a cache that cannot be written only costs time
+    with suppress(OSError, RuntimeError):  # a cache that cannot be written only costs time
+        note = _note(key)
         note.parent.mkdir(parents=True, exist_ok=True)
         handle, partial = tempfile.mkstemp(dir=note.parent)
         with os.fdopen(handle, "w") as stream:
             stream.write(fingerprint)
         Path(partial).replace(note)
     return fingerprint
+
+
+def _note(key: str) -> Path:
+    """Where a fingerprint is remembered. Raises RuntimeError for a user who has no home."""
+    return user_cache_path("loraplex") / "fingerprints" / key
 
 
 def _fingerprint(files: Iterable[Path]) -> str:

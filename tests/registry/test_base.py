@@ -38,6 +38,13 @@ def test_module_paths_may_lack_their_first_part(tmp_path, base):
     assert description.weight_of("layers.0.mlp.up_proj") is None
 
 
+def test_a_user_without_a_home_only_goes_without_the_note(base, monkeypatch):
+    before = fingerprint_base(base)
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as it does where nobody has that user's number
+    assert fingerprint_base(base) == before
+
+
 @pytest.mark.parametrize("name", ["/no/such/folder", "./nowhere", "nowhere", "a/b/c", "owner/not-in-the-cache"])
 def test_missing_base_says_what_to_do(name):
     with pytest.raises(BaseNotFound, match="--base"):
