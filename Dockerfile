@@ -32,6 +32,13 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     fi \
     && wheel="$(echo /wheels/loraplex-*.whl)" \
     && /opt/loraplex/bin/pip install --constraint /constraints.txt "${wheel}[serve]"
+# The kernels for CPUs with AMX, left beside their sources; the compiler stays behind in this stage. The machine that
+# builds needs no AMX, and on another architecture than x86-64 there are none. Any gcc from 11 on will do.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends gcc libc6-dev \
+    && rm -rf /var/lib/apt/lists/* \
+    && /opt/loraplex/bin/python -m loraplex_server.kernels.native
 
 # --- what both images share: a numeric user, and writes under /data and /tmp alone ------------------------------------
 FROM ${PYTHON_IMAGE} AS runtime

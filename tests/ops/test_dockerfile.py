@@ -91,3 +91,15 @@ def test_the_wheel_gets_everything_that_hatch_packs(instructions: list[tuple[str
     needed = [*project["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"], project["project"]["readme"]]
     for path in [*needed, *project["project"]["license-files"]]:
         assert any(path == source or path.startswith(f"{source}/") for source in copied), path
+
+
+def test_the_servers_kernels_are_built_where_they_are_copied_from_and_the_compiler_stays_behind(
+    instructions: list[tuple[str, str, str]],
+):
+    building = in_stage(instructions, "server-environment", "RUN")
+    (installed,) = (at for at, rest in enumerate(building) if "[serve]" in rest)
+    (built,) = (at for at, rest in enumerate(building) if "-m loraplex_server.kernels.native" in rest)
+    assert installed < built
+    assert re.search(r"apt-get install .*\bgcc\b.*\blibc6-dev\b", building[built])
+    for stage in ("runtime", "server", "registry"):
+        assert "apt-get" not in " ".join(in_stage(instructions, stage, "RUN"))

@@ -1,5 +1,6 @@
 """The C kernels: what each computes, against torch; and that they are built, kept, and missed in plain words."""
 
+import shutil
 import subprocess
 from itertools import pairwise
 
@@ -83,14 +84,20 @@ def test_they_are_built_once(tmp_path, monkeypatch):
     assert build(tmp_path) == first
 
 
+@pytest.fixture
+def unbuilt(monkeypatch):
+    """A machine with AMX where the kernels are not beside the sources."""
+    monkeypatch.setattr(module, "_name", lambda: "loraplex-unbuilt.so")
+    monkeypatch.setattr(module, "_cpu_flags", lambda: module._CPU_FLAGS)
+
+
 @pytest.mark.parametrize("compiler", [None, "false"])
-def test_without_a_compiler_that_works_there_are_none_and_the_reason_is_told(tmp_path, monkeypatch, compiler):
+def test_without_a_compiler_that_works_there_are_none_and_the_reason_is_told(tmp_path, monkeypatch, compiler, unbuilt):
     monkeypatch.setattr(module.shutil, "which", lambda name: compiler)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises((FileNotFoundError, subprocess.CalledProcessError)):
         build(tmp_path)
     assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr(module, "_built", lambda: build(tmp_path))
-    monkeypatch.setattr(module, "_cpu_flags", lambda: module._CPU_FLAGS)
     found = native.__wrapped__()
     assert not found and ("gcc" in found.why_not or "false" in found.why_not)
 
@@ -118,3 +125,67 @@ def test_a_4_bit_layer_adds_the_same_as_any_other(base_folder):
     for slot, first, last in [(s.slot, s.first, s.last) for s in segments]:
         alone = Along([Segment(None, slot, 0, last - first)])
         assert torch.equal(AmxLora().apply(layer, x[:, first:last], alone, table), fused[:, first:last])
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), OSError(30, "Read-only file system")])
+def test_without_a_folder_to_keep_them_in_the_server_goes_on(tmp_path, monkeypatch, error, unbuilt):
+    """A container's root file system may be read-only; root, as tests may run, is denied nothing for real."""
+
+    def denied(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(module.shutil, "which", lambda name: "gcc")
+    monkeypatch.setattr(module.Path, "mkdir", denied)
+    found = native.__wrapped__()
+    assert not found and error.strerror in found.why_not
+
+
+def test_a_file_where_the_folder_should_be(tmp_path, monkeypatch, unbuilt):
+    (tmp_path / "loraplex").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(module.shutil, "which", lambda name: "gcc")
+    found = native.__wrapped__()
+    assert not found and str(tmp_path) in found.why_not
+
+
+def test_a_user_without_a_home(tmp_path, monkeypatch, unbuilt):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as it does where nobody has that user's number
+    found = native.__wrapped__()
+    assert not found and "home directory" in found.why_not
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("machine", "compiler", "status", "said"),
+    [
+        ("aarch64", "", 0, "no kernels were built: they are for x86-64, and this is aarch64"),
+        ("x86_64", "", 0, "no kernels were built: there is no C compiler"),
+        ("x86_64", "echo no such option >&2; exit 1", 1, "the kernels could not be built:\nno such option"),
+    ],
+)
+def test_an_images_build_fails_only_where_it_should_have_worked(
+    tmp_path, monkeypatch, unbuilt, machine, compiler, status, said
+):
+    if compiler:
+        (tmp_path / "gcc").write_text(f"#!/bin/sh\n{compiler}\n")
+        (tmp_path / "gcc").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(module.platform, "machine", lambda: machine)
+    code, told = module.build_for_image()
+    assert code == status
+    assert told.startswith(said)
+
+
+@pytest.mark.skipif(not shutil.which("gcc"), reason="apt-get install gcc")
+def test_an_images_build_needs_no_cpu_with_amx(tmp_path, monkeypatch):
+    """Beside a copy of the sources, so that nothing is left in this checkout."""
+    shutil.copytree(module._HERE, tmp_path / "kernels", ignore=shutil.ignore_patterns("*.so"))
+    monkeypatch.setattr(module, "_HERE", tmp_path / "kernels")
+    monkeypatch.setattr(module, "_cpu_flags", set)
+    monkeypatch.setattr(module.platform, "machine", lambda: "x86_64")
+    code, said = module.build_for_image()
+    (built,) = (tmp_path / "kernels").glob("*.so")
+    assert (code, said) == (0, str(built))
+    assert module._built() == built, "found beside the sources, and not built again"

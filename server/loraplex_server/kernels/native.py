@@ -6,8 +6,10 @@ slowly.
 
 import ctypes
 import hashlib
+import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 from dataclasses import dataclass
 from functools import cache
@@ -45,6 +47,10 @@ class Native:
         return self.library is not None
 
 
+class NoCompiler(FileNotFoundError):
+    """There is nothing to build the kernels with."""
+
+
 @cache
 def native() -> Native:
     """The kernels of this machine, built if they were not yet (a few seconds)."""
@@ -52,9 +58,9 @@ def native() -> Native:
         return Native(None, "this CPU has no AMX")
     try:
         library = ctypes.CDLL(str(_built()))
-    except (OSError, subprocess.CalledProcessError) as error:
+    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
         said = getattr(error, "stderr", None) or str(error)
-        return Native(None, said.strip().splitlines()[0])
+        return Native(None, f"the AMX kernels cannot be had: {said.strip().splitlines()[0]}")
     if library.request_amx():
         return Native(None, "the system does not let this process use AMX")
     for name, arguments in _ARGUMENTS.items():
@@ -67,7 +73,8 @@ def build(into: Path) -> Path:
     """Compile the kernels into a folder; what is there under the name of the same sources is left as it is.
 
     Raises:
-        FileNotFoundError: there is no C compiler.
+        NoCompiler: there is no C compiler.
+        OSError: the folder cannot be written.
         subprocess.CalledProcessError: it refused; ``stderr`` says why.
     """
     built = into / _name()
@@ -75,7 +82,7 @@ def build(into: Path) -> Path:
         return built
     compiler = shutil.which("gcc") or shutil.which("cc")
     if compiler is None:
-        raise FileNotFoundError("there is no C compiler (gcc) to build the AMX kernels with")
+        raise NoCompiler("there is no C compiler (gcc) to build them with")
     into.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=into) as folder:
         whole, compiled, linked = (Path(folder) / name for name in ("kernels.c", "kernels.o", "kernels.so"))
@@ -94,7 +101,9 @@ def addresses(*tensors: torch.Tensor | None) -> list[int]:
 def _built() -> Path:
     """Beside the sources, where an image's build leaves it, or in the user's cache."""
     beside = _HERE / _name()
-    return beside if beside.exists() else build(user_cache_path("loraplex") / "kernels")
+    if beside.exists():
+        return beside
+    return build(user_cache_path("loraplex") / "kernels")  # RuntimeError: the user has no home
 
 
 def _name() -> str:
@@ -110,5 +119,22 @@ def _cpu_flags() -> set[str]:
     return set(next((line.split(":")[1] for line in lines if line.startswith("flags")), "").split())
 
 
-if __name__ == "__main__":  # an image's build: leave the kernels beside the sources
-    print(build(_HERE))  # noqa: T201
+def build_for_image() -> tuple[int, str]:
+    """Leave the kernels beside the sources, whatever CPU this runs on. Returns an exit code and what to say.
+
+    Where there can be none, on another architecture or without a compiler, that is said and is no failure.
+    """
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return 0, f"no kernels were built: they are for x86-64, and this is {platform.machine()}"
+    try:
+        return 0, str(build(_HERE))
+    except NoCompiler as error:
+        return 0, f"no kernels were built: {error}"
+    except subprocess.CalledProcessError as error:
+        return 1, f"the kernels could not be built:\n{error.stderr}"
+
+
+if __name__ == "__main__":
+    code, said = build_for_image()
+    print(said)  # noqa: T201
+    sys.exit(code)
