@@ -47,6 +47,7 @@ def _option(name: str, default: Any = None, **more: Any) -> Any:
 @_option("--no-prefix-cache", is_flag=True, help="Compute every prompt whole, even where one began alike before.")
 @_option("--adapter-weight", multiple=True, metavar="NAME=NUMBER", help="Its share beside the others' 1; repeatable.")
 @_option("--lean", is_flag=True, help="On a CPU without AMX, keep 4-bit weights once, not twice; slow with many rows.")
+@_option("--no-kernels", is_flag=True, help="Compute by torch, bitsandbytes and peft alone, which is slower.")
 @_option("--no-cuda-graphs", is_flag=True, help="On a CUDA device, run every step eagerly.")
 @_option("--api-key-file", type=click.Path(path_type=Path), help="Accepted bearer keys, one a line.")
 @click.version_option(package_name="loraplex", prog_name="loraplex")
@@ -102,6 +103,7 @@ def _config(options: dict[str, Any]) -> ServerConfig:
         kv_cache_bytes=options["kv_cache_bytes"],
         prefix_cache=not options["no_prefix_cache"],
         lean=options["lean"],
+        kernels=not options["no_kernels"],
         cuda_graphs=not options["no_cuda_graphs"],
     )
     keys = read_api_keys(options["api_key_file"], os.environ.get("LORAPLEX_API_KEYS"))

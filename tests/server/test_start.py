@@ -14,6 +14,8 @@ import httpx
 import pytest
 from tiny import make_base
 
+from loraplex_server.kernels.native import native
+
 
 def command(*arguments) -> list[str]:
     return [sys.executable, "-m", "loraplex_server", *map(str, arguments)]
@@ -84,7 +86,9 @@ def running(environment, *arguments) -> Iterator[tuple[subprocess.Popen[str], st
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
+        process.told = []
         for line in process.stdout:
+            process.told.append(line)
             if found := re.search(r"listening on (http://127\.0\.0\.1:\d+)", line):
                 break
         yield process, found[1]
@@ -119,6 +123,19 @@ def test_it_serves_and_stops_cleanly(environment, base_folder, how):
         code, err = ended(process)
     assert code == 0
     assert "FutureWarning" not in err, err
+
+
+@pytest.mark.parametrize(("arguments", "variables"), [(["--no-kernels"], {}), ([], {"LORAPLEX_NO_KERNELS": "1"})])
+def test_it_says_that_kernels_were_turned_off(environment, base_folder, arguments, variables):
+    options = ["--base", base_folder, "--device", "cpu", "--dtype", "bfloat16", *arguments]
+    with running({**environment, **variables}, *options) as (process, _):
+        assert any("none:bfloat16, no kernels of our own: turned off, sha256:" in line for line in process.told)
+
+
+def test_it_says_what_it_computes_with(environment, base_folder):
+    expected = f"no kernels of our own: {native().why_not}" if not native() else "AMX kernels"
+    with running(environment, "--base", base_folder, "--device", "cpu", "--dtype", "bfloat16") as (process, _):
+        assert any(f"none:bfloat16, {expected}, sha256:" in line for line in process.told)
 
 
 def test_told_to_stop_it_turns_new_work_away_and_finishes_what_runs(environment, wide_base):

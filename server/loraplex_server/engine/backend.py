@@ -26,15 +26,16 @@ class Backend:
     lora: LoraKernel | None  # None: through peft's modules
     lora_dtype: torch.dtype  # what adapters are kept in on the device
     amx: bool = False
-    cuda: bool = False
+    cuda: bool = False  # a CUDA device with our kernels, which decode steps need to be replayed
 
 
 def prepare(base: Base, config: EngineConfig) -> Backend:
     """Choose, and give the base's layers their kernels."""
     choose_kernels(base.model, config.kernels, config.lean)
     if base.model.device.type == "cuda":
-        lora = TritonLora(base.dtype) if config.kernels else None
-        return Backend("CUDA", lora, base.dtype, cuda=True)
+        if not config.kernels:
+            return Backend("CUDA, no kernels of our own: turned off", None, base.dtype)
+        return Backend("CUDA", TritonLora(base.dtype), base.dtype, cuda=True)
     if config.kernels and base.dtype == torch.bfloat16 and native():
         fuse(base.model)
         return Backend("AMX kernels", AmxLora(), torch.bfloat16, amx=True)
