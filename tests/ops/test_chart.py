@@ -26,13 +26,22 @@ EVERYTHING = {
         "revision": "v1: final",
         "cache": {"persistent": True, "accessMode": "ReadWriteMany", "storageClass": "nfs"},
     },
-    "lora": {"maxLoras": 4, "maxHostLoras": 32, "maxHostBytes": 8_589_934_592, "maxRank": 16},
+    "lora": {
+        "maxLoras": 4,
+        "maxHostLoras": 32,
+        "maxHostBytes": 8_589_934_592,
+        "maxRank": 16,
+        "adapterWeights": {"team/a": 2, "base": 0.5},
+    },
     "server": {
         "replicas": 2,
         "maxModelLen": 1_048_576,
         "maxRows": 16,
         "maxQueue": 64,
         "kvCacheBytes": 68_719_476_736,
+        "requestTimeout": 1_000_000,
+        "prefixCache": False,
+        "lean": True,
         "apiKeys": {"existingSecret": "keys"},
         "nodeSelector": {"disk": "ssd"},
         "tolerations": [{"key": "gpu", "operator": "Exists"}],
@@ -236,6 +245,7 @@ def another(value: Any, path: tuple[str, ...]) -> Any:
         "type": "NodePort",
         "failureMode": "FailClose",
     }
+    choices |= {"adapterWeights": {"another": 7}}
     choices |= {"externalUrl": "http://elsewhere", "size": "7Gi", "interval": "7s", "cpu": "7", "memory": "7Gi"}
     if path == ("autoscaling", "type"):
         return "hpa"
@@ -294,6 +304,9 @@ def test_every_value_changes_what_is_rendered(chart: Any):
         ({"autoscaling": {"type": "keda"}}, "type"),
         ({"server": {"apiKeys": {"existingSecret": "Not A Name"}}}, "existingSecret"),
         ({"server": {"kvCacheBytes": "4Gi"}}, "kvCacheBytes"),
+        ({"server": {"requestTimeout": -1}}, "requestTimeout"),
+        ({"lora": {"adapterWeights": {"team": 0}}}, "adapterWeights"),
+        ({"lora": {"adapterWeights": {"team": "2"}}}, "adapterWeights"),
     ],
     ids=str,
 )
@@ -352,14 +365,33 @@ def test_every_path_that_the_chart_asks_is_a_route(chart: Any):
         assert path in served["server"]
 
 
-def test_the_drain_fits_into_the_grace_period(chart: Any, root: Path):
+@pytest.mark.parametrize(
+    ("grace", "sleep", "drain"), [(None, None, 120), (600, 20, 570), (40, 15, 15), (25, 15, 1), (20, 19, 1)]
+)
+def test_the_drain_fits_into_the_grace_period(chart: Any, grace: int | None, sleep: int | None, drain: int):
     """preStop and the server's own wait for streams both count against the grace period; then the kernel kills."""
-    pod = server(render(chart))
-    source = (root / "server/loraplex_server/__main__.py").read_text()
-    (streams,) = map(int, re.findall(r"timeout_graceful_shutdown=(\d+)", source))
-    pause = pod["containers"][0]["lifecycle"]["preStop"]["sleep"]["seconds"]
-    assert 15 <= pause <= 30
-    assert pause + streams < pod["terminationGracePeriodSeconds"]
+    values = {"gracePeriodSeconds": grace, "preStopSeconds": sleep}
+    pod = server(render(chart, {"server": {"drain": values}} if grace else {}))
+    (container,) = pod["containers"]
+    env = {entry["name"]: entry.get("value") for entry in container["env"]}
+    assert env["LORAPLEX_DRAIN_SECONDS"] == f"{drain}"
+    pause = container["lifecycle"]["preStop"]["sleep"]["seconds"]
+    assert pause + drain <= pod["terminationGracePeriodSeconds"]
+    assert grace or 15 <= pause <= 30
+
+
+def test_every_variable_is_one_that_the_server_reads(chart: Any):
+    command = pytest.importorskip("loraplex_server.__main__", reason="pip install 'loraplex[serve]'").serve
+    read = {parameter.envvar for parameter in command.params} | {"LORAPLEX_HOME", "LORAPLEX_REGISTRY_TOKEN"}
+    (container,) = server(render(chart, EVERYTHING))["containers"]
+    named = {entry["name"] for entry in container["env"] if entry["name"].startswith("LORAPLEX_")}
+    assert "LORAPLEX_DRAIN_SECONDS" in named <= read
+
+
+def test_shares_of_the_service_are_given_by_name(chart: Any):
+    (container,) = server(render(chart, EVERYTHING))["containers"]
+    assert {"--adapter-weight=team/a=2", "--adapter-weight=base=0.5"} <= set(container["args"])
+    assert {"--no-prefix-cache", "--lean"} <= set(container["args"])
 
 
 @pytest.mark.parametrize("name", ["server", "registry"])
@@ -376,13 +408,16 @@ def test_every_argument_is_an_option_that_the_program_takes(chart: Any, name: st
             for argument in container["args"] if container["name"] == name else ():
                 option, _, value = argument.partition("=")
                 assert option in parameters, f"{name} has no option {option}"
-                if not value.startswith("/etc/loraplex/"):  # a mounted file: not here
-                    parameters[option].type_cast_value(context, value)  # raises when the program would
+                if parameters[option].is_flag:
+                    assert "=" not in argument, argument
+                elif not value.startswith("/etc/loraplex/"):  # a mounted file: not here
+                    given = [value] if parameters[option].multiple else value
+                    parameters[option].type_cast_value(context, given)  # raises when the program would
 
 
 def test_an_option_that_is_left_null_is_left_to_the_server(chart: Any):
     (container,) = server(render(chart))["containers"]
-    left = "--(max-model-len|max-rows|max-queue|kv-cache-bytes|max-host-bytes)"
+    left = "--(max-model-len|max-rows|max-queue|kv-cache-bytes|max-host-bytes|request-timeout|adapter-weight|lean|no-)"
     assert not [a for a in container["args"] if re.match(left, a)]
 
 

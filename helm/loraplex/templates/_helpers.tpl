@@ -71,6 +71,13 @@ imagePullSecrets:
 {{- end }}
 {{- end }}
 
+{{- /* How long the server may let requests finish: what the grace period leaves after the preStop sleep, and 10 s to end
+in. After that Kubernetes kills it. */ -}}
+{{- define "loraplex.drainSeconds" -}}
+{{- $drain := .Values.server.drain }}
+{{- max 1 (sub (int $drain.gracePeriodSeconds) (add (int $drain.preStopSeconds) 10)) }}
+{{- end }}
+
 {{- define "loraplex.containerSecurity" -}}
 allowPrivilegeEscalation: false
 privileged: false
