@@ -102,10 +102,10 @@ class EngineLoop:
         """Begin to load an adapter that nobody asked for yet."""
         self._post(lambda: self.engine.residency.warm(key))
 
-    def release(self, key: str) -> None:
-        """Let an adapter be evicted again that was kept."""
+    def tell(self, act: Callable[[Engine], object]) -> None:
+        """Have something done to the engine, on its thread between two steps; nothing if it does not run."""
         with suppress(EngineStopped):
-            self._post(lambda: self.engine.residency.release(key))
+            self._post(lambda: act(self.engine))
 
     async def ask(self, question: Callable[[Engine], T]) -> T:
         """What a function of the engine gives, called on its thread between two steps.

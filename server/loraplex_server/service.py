@@ -209,9 +209,20 @@ class Service:
             AdapterRefused: it does not fit, or too many are kept already.
             Exception: what its load raised.
         """
+        kept_by_us = False  # written and read on the engine's thread alone
 
         def begin(engine: Engine) -> None:
-            (engine.residency.keep if pinned else engine.residency.warm)(version.digest)
+            nonlocal kept_by_us
+            if not pinned:
+                engine.residency.stay(version.digest)
+                return
+            before = engine.residency.kept
+            engine.residency.keep(version.digest)
+            kept_by_us = version.digest not in before
+
+        def give_up(engine: Engine) -> None:
+            if kept_by_us:
+                engine.residency.release(version.digest)
 
         def is_there(engine: Engine) -> bool:
             residency = engine.residency
@@ -220,13 +231,12 @@ class Service:
                 residency.want(version.digest)  # raises what became of it
             return version.digest in residency.in_host
 
-        await self.loop.ask(begin)
         try:
+            await self.loop.ask(begin)
             while not await self.loop.ask(is_there):
                 await asyncio.sleep(_LOAD_POLL_SECONDS)
         except BaseException:  # one that never came is not kept
-            if pinned:
-                self.loop.release(version.digest)
+            self.loop.tell(give_up)  # comes after begin, even if that was not waited for
             raise
 
     async def unload(self, version: Version) -> bool:

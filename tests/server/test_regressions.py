@@ -381,3 +381,54 @@ def test_what_the_server_knows_of_versions_does_not_grow_with_those_that_were_ev
             client.post("/v1/unload_lora_adapter", json={"lora_name": name})
     assert len(client.app.state.service._known) == 2
     assert client.app.state.service.snapshot().running_adapters == ("head",), "the one in memory still has its name"
+
+
+def test_a_load_whose_client_hangs_up_at_once_keeps_nothing(serve):
+    """A client that left while the engine was in its step, before the adapter was marked as kept, left it kept for
+    ever: only what came later was undone. Two such, and with three slots nobody could keep anything. The engine is
+    held in its step until the client is gone.
+    """
+    client = serve(max_loras=2)
+    engine, in_step, go_on = client.app.state.service.engine, threading.Event(), threading.Event()
+    step = engine.step
+
+    def held():
+        in_step.set()
+        assert go_on.wait(30)
+        return step()
+
+    engine.step = held
+    client.app.state.service.loop._wake.set()
+    assert in_step.wait(10)
+    with suppress(httpx.ReadTimeout):
+        client.post("/v1/load_lora_adapter", json={"lora_name": "red", "pinned": True}, timeout=0.5)
+    time.sleep(0.2)  # it has been noticed
+    go_on.set()
+    assert client.post("/v1/load_lora_adapter", json={"lora_name": "green", "pinned": True}).status_code == 200
+    with suppress(httpx.ReadTimeout):  # who kept it before keeps it, whoever else hangs up
+        in_step.clear()
+        go_on.clear()
+        client.post("/v1/load_lora_adapter", json={"lora_name": "green", "pinned": True}, timeout=0.5)
+    time.sleep(0.2)
+    go_on.set()
+    assert text(client, adapter="green")
+    assert engine.residency.kept == (client.app.state.service.registry.resolve("green").digest,)
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+def test_what_is_loaded_again_while_its_unload_waits_stays(serve, pinned):
+    """An unload of an adapter in use waits for the last request. A load that came meanwhile was answered 200, and the
+    adapter went all the same when the request ended, pinned or not.
+    """
+    client = serve()
+    residency = client.app.state.service.engine.residency
+    with client.stream("POST", "/v1/completions", json={**LONG, "adapter": "red", "stream": True}) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        assert client.post("/v1/unload_lora_adapter", json={"lora_name": "red"}).json()["unloaded"] is True
+        again = client.post("/v1/load_lora_adapter", json={"lora_name": "red", "pinned": pinned})
+        assert residency._pins, "the stream must still run, or this test proves nothing"
+        assert again.status_code == 200
+        assert [line for line in lines if line][-1] == "data: [DONE]"
+    assert wait_until(lambda: not residency._pins)
+    assert residency.in_host == (client.app.state.service.registry.resolve("red").digest,)

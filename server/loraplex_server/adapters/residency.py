@@ -146,6 +146,11 @@ class Residency:
             self._queued[key] = None
             self._start_loads()
 
+    def stay(self, key: str) -> None:
+        """As warm; and an unload that waits for the last request is called off: this was asked for later."""
+        self._leaving.discard(key)
+        self.warm(key)
+
     def keep(self, key: str) -> None:
         """Never evict this adapter from where it is or comes to be, and begin to load it if it is nowhere.
 
@@ -158,7 +163,7 @@ class Residency:
                 f"at most {self.device_slots - 1} can be; release one first"
             )
         self._kept.add(key)
-        self.warm(key)
+        self.stay(key)
 
     def release(self, key: str) -> None:
         """Let an adapter be evicted again; nothing happens if it was not kept."""
