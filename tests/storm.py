@@ -279,7 +279,8 @@ class Storm:
 
     async def _hang_up(self) -> None:
         """Before the first token, or within a stream."""
-        body = self._body({"prompt": self._prompts(), "max_tokens": LONGEST, "n": self._dice.choice((1, 2))})
+        body = {"prompt": self._prompts(), "max_tokens": LONGEST, "n": self._dice.choice((1, 2))}
+        body = self._body(body, None if self._dice.random() < 0.1 else self._reference())
         body["stream"] = within = self._dice.random() < 0.6
         if not within:
             try:
@@ -311,8 +312,9 @@ class Storm:
         self.seen["disconnects within a body"] += 1
 
     async def _bad(self) -> None:
-        story = self._dice.choice(list(self._mistakes))
-        method, path, body, status, code = self._mistakes[story]
+        mistakes = self._mistakes
+        story = min(mistakes, key=lambda told: (self.seen[f"bad: {told}"], self._dice.random()))  # all, as often
+        method, path, body, status, code = mistakes[story]
         content = body if isinstance(body, bytes) else json.dumps(body)
         answer = await self._http.request(method, path, content=content)
         if answer.status_code == 429 and (status == 408 or code == "adapter_refused"):  # found out behind the queue
