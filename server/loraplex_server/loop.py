@@ -102,7 +102,7 @@ class EngineLoop:
         """Begin to load an adapter that nobody asked for yet."""
         self._post(lambda: self.engine.residency.warm(key))
 
-    def tell(self, act: Callable[[Engine], object]) -> None:
+    def tell(self, act: Callable[[Engine], None]) -> None:
         """Have something done to the engine, on its thread between two steps; nothing if it does not run."""
         with suppress(EngineStopped):
             self._post(lambda: act(self.engine))

@@ -232,10 +232,10 @@ class Engine:
         return [Completion(texts[r.id], r.output_ids, r.finish_reason or FinishReason.ERROR) for r in requests]
 
     def _install_seconds(self) -> float:
-        """How long the next adapter may be worked on before this step: who waits for one and who runs share the time."""
-        on_device, least = set(self.residency.on_device), self.config.install_share
+        """How long the next adapter may be worked on before this step; longer if many wait for one and few run."""
+        on_device, share = set(self.residency.on_device), self.config.install_share
         waiting = sum(r.adapter is not None and r.adapter not in on_device for r in self.scheduler.waiting)
-        return self._forward_seconds * max(least, least * 10 * waiting / len(self.scheduler.running))
+        return self._forward_seconds * max(share, bool(share) * waiting / len(self.scheduler.running))
 
     def _load(self, key: str) -> HostAdapter:
         folder = self._folders.get(key)
