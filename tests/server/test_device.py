@@ -107,6 +107,21 @@ def test_an_installed_adapter_is_what_peft_makes_of_it(tmp_path, base_folder, ki
     same_as_peft(base_folder, device, folder)
 
 
+def test_modules_of_one_that_left_are_filled_by_the_next_of_its_configuration_alone(tmp_path, base_folder):
+    device = DeviceAdapters(base_of(base_folder), 2)
+    made = {"one": {}, "like it": {}, "stronger": {"lora_alpha": 64}, "one more": {}}
+    names = []
+    for seed, (key, how) in enumerate(made.items()):
+        folder = make_adapter(tmp_path / key, base_folder, rank=3, seed=seed, **how)
+        put(device, read(folder, key))
+        names.append(device._held[key].name)
+        expected = PeftModel.from_pretrained(base_of(base_folder), folder)
+        device.activate(key)
+        assert torch.equal(logits(device.model), logits(expected)), key
+        device.remove(key)
+    assert names[0] == names[1] == names[3] != names[2]
+
+
 def test_gpt2_s_transposed_layers_too(tmp_path):
     base_folder = make_base(tmp_path / "base", "gpt2")
     device = DeviceAdapters(base_of(base_folder), 2)
