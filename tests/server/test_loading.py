@@ -1,10 +1,12 @@
 """Adapters loaded, kept and freed over HTTP."""
 
+import shutil
 import threading
 from contextlib import ExitStack, suppress
 
 import httpx
 import pytest
+from safetensors.torch import load_file, save_file
 from serving import serving
 from tiny import make_adapter, make_base
 
@@ -51,6 +53,25 @@ def text(client, adapter=None) -> str:
     answer = client.post("/v1/completions", json={**GREEDY, **({"adapter": adapter} if adapter else {})})
     assert answer.status_code == 200, answer.text
     return answer.json()["choices"][0]["text"]
+
+
+@pytest.mark.parametrize(("value", "answered"), [(3.38e38, 500), (3.4e38, 422)])
+def test_weights_that_would_become_infinite_on_the_device_are_refused(
+    base_folder, registry, adapter_folders, value, answered
+):
+    """A file in float32 on a base in bfloat16: what one adapter holds must not reach rows of another."""
+    folder = registry.root.parent / "huge"
+    shutil.copytree(adapter_folders["blue"], folder)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    next(tensor for key, tensor in tensors.items() if "lora_B" in key)[0, 0] = value
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    registry.push("huge", folder, base=base_folder)
+    config = ServerConfig(base=str(base_folder), device="cpu", registry=str(registry.root))
+    with serving(create_app(config)) as url:
+        answer = httpx.post(f"{url}/v1/completions", json={**GREEDY, "adapter": "huge"}, timeout=60)
+        assert answer.status_code == answered, answer.text
+        said = "beyond 3.39e+38, the most of torch.bfloat16" if answered == 422 else "numbers overflowed"
+        assert said in answer.json()["error"]["message"]
 
 
 def test_a_loaded_adapter_is_there_before_it_is_asked_for(client, registry):

@@ -26,7 +26,7 @@ def random(*shape, seed=0) -> torch.Tensor:
 @pytest.mark.parametrize(("inputs", "outputs"), [(64, 64), (96, 192), (2048, 256)])
 def test_lora_of_many_adapters_is_what_each_gives_alone(inputs, outputs):
     ranks, scalings = [1, 7, 16, 256, 0], [0.5, 2.0, 1.0, 0.1, 9.0]
-    weights = [(random(r, inputs, seed=r) / 8, random(r, outputs, seed=r + 1) / 8) for r in ranks]
+    weights = [(random(r, inputs, seed=r) / 8, random(outputs, r, seed=r + 1) / 8) for r in ranks]
     pointers = [torch.tensor([w[i].data_ptr() for w in weights]) for i in range(2)]
     table = LoraTable(*pointers, torch.tensor(ranks, dtype=torch.int32), torch.tensor(scalings), torch.bfloat16, 256)
     counts = [(-1, 2), (0, 1), (1, 3), (2, 9), (-1, 1), (3, 4), (4, 2), (0, 5)]
@@ -40,7 +40,7 @@ def test_lora_of_many_adapters_is_what_each_gives_alone(inputs, outputs):
     for _, slot, start, stop in segments:
         if slot >= 0:
             a, b = weights[slot]
-            expected[0, start:stop] += scalings[slot] * (x[0, start:stop].float() @ a.float().T) @ b.float()
+            expected[0, start:stop] += scalings[slot] * (x[0, start:stop].float() @ a.float().T) @ b.float().T
     torch.testing.assert_close(out.float(), expected, rtol=2**-7, atol=2**-7 * float(expected.abs().max()))
     untouched = [t for _, slot, start, stop in segments if slot in (-1, 4) for t in range(start, stop)]
     assert torch.equal(out[0, untouched], before[0, untouched])
@@ -49,6 +49,20 @@ def test_lora_of_many_adapters_is_what_each_gives_alone(inputs, outputs):
             part, along = before[:, start:stop].clone(), Along([Segment("x", slot, 0, stop - start)])
             alone = AmxLora().apply(lambda _, part=part: part, x[:, start:stop], along, table)
             assert torch.equal(alone, out[:, start:stop])
+
+
+@needs_kernels
+def test_an_adapter_that_overflows_spoils_its_own_tokens_only():
+    table = LoraTable.empty(2, torch.bfloat16, 16, torch.device("cpu"))
+    weights = [(random(16, 64), random(32, 16)), (torch.full((16, 64), 3e38).bfloat16(), random(32, 16, seed=2))]
+    for slot, (a, b) in enumerate(weights):
+        table.a[slot], table.b[slot], table.rank[slot], table.scaling[slot] = *addresses(a, b), 16, 1
+    x, before = random(1, 8, 64, seed=3), random(1, 8, 32, seed=4)
+    kernel = AmxLora()
+    beside = kernel.apply(lambda _: before.clone(), x, Along([Segment("0", 0, 0, 4), Segment("1", 1, 4, 8)]), table)
+    alone = kernel.apply(lambda _: before[:, :4].clone(), x[:, :4], Along([Segment("0", 0, 0, 4)]), table)
+    assert torch.equal(beside[:, :4], alone)
+    assert not beside[:, 4:].isfinite().any()
 
 
 @needs_kernels
@@ -111,7 +125,7 @@ def test_a_4_bit_layer_adds_the_same_as_any_other(base_folder):
     layer = base.model.model.layers[0].mlp.down_proj
     slots, tokens = [2, 0, -1, 1, 0], [3, 140, 2, 17, 1]  # a run across the rows that the kernel takes at once
     inputs, outputs = layer.in_features, layer.out_features
-    weights = [(random(rank, inputs, seed=rank) / 8, random(rank, outputs, seed=9) / 8) for rank in (5, 16, 64)]
+    weights = [(random(rank, inputs, seed=rank) / 8, random(outputs, rank, seed=9) / 8) for rank in (5, 16, 64)]
     table = LoraTable.empty(3, torch.bfloat16, 64, torch.device("cpu"))
     for slot, (a, b) in enumerate(weights):
         table.a[slot], table.b[slot], table.rank[slot], table.scaling[slot] = *addresses(a, b), len(a), 0.5

@@ -58,21 +58,23 @@ def _in_memory(mapped: torch.Tensor, pin: bool) -> torch.Tensor:
     return held
 
 
-def arranged(adapter: HostAdapter, dtype: torch.dtype, b_by_rank: bool) -> HostAdapter:
+def cast(adapter: HostAdapter, dtype: torch.dtype) -> HostAdapter:
     """The adapter as the device will hold it, so that on a CPU nothing is copied when it is put there.
 
-    ``b_by_rank``: B lies in memory as (rank, outputs), as the kernels for CPUs read it; its shape stays the same.
     In pieces too small for torch to start threads for, which would compete with the engine's.
+
+    Raises:
+        AdapterRefused: a value is too large for ``dtype``.
     """
 
     def one(key: str, tensor: torch.Tensor) -> torch.Tensor:
-        held = tensor
-        if tensor.dtype != dtype:
-            held = torch.empty(tensor.shape, dtype=dtype)
-            for to, given in zip(held.view(-1).split(_PIECE), tensor.view(-1).split(_PIECE), strict=True):
-                to.copy_(given)
-        if b_by_rank and key.endswith("lora_B.weight") and dtype == torch.bfloat16:
-            held = torch.from_numpy(np.ascontiguousarray(held.view(torch.int16).numpy().T)).view(dtype).t()
+        if tensor.dtype == dtype:
+            return tensor
+        held = torch.empty(tensor.shape, dtype=dtype)
+        for to, given in zip(held.view(-1).split(_PIECE), tensor.view(-1).split(_PIECE), strict=True):
+            if not to.copy_(given).isfinite().all():
+                most = torch.finfo(dtype).max
+                raise AdapterRefused(f"tensor {key!r} holds values beyond {most:.3g}, the most of {dtype}")
         return held
 
     return HostAdapter(adapter.key, adapter.config, {key: one(key, tensor) for key, tensor in adapter.tensors.items()})

@@ -10,7 +10,7 @@ from loraplex_server.kernels.native import addresses, native
 
 
 class AmxLora:
-    """In bfloat16, as the base's activations are. B lies as (rank, outputs)."""
+    """In bfloat16, as the base's activations are."""
 
     dtype = torch.bfloat16
 
@@ -19,13 +19,9 @@ class AmxLora:
 
     def table(self, layer: Any, slots: int, max_rank: int) -> LoraTable | None:
         """See LoraKernel."""
-        if layer.in_features % 32 or layer.out_features % 64:
+        if layer.in_features % 32 or layer.out_features % 32:
             return None
         return LoraTable.empty(slots, self.dtype, max_rank, torch.device("cpu"))
-
-    def arranged(self, b: torch.Tensor) -> torch.Tensor:
-        """See LoraKernel."""
-        return b.t().contiguous().t()
 
     def apply(self, base_layer: Any, x: torch.Tensor, along: Along, table: LoraTable) -> torch.Tensor:
         """See LoraKernel. A 4-bit layer of ours adds to its sums before it rounds them; to others we add afterwards."""

@@ -14,7 +14,7 @@ from time import monotonic
 import torch
 
 from loraplex_server.adapters.device import DeviceAdapters
-from loraplex_server.adapters.host import HostAdapter, arranged, read_adapter
+from loraplex_server.adapters.host import HostAdapter, cast, read_adapter
 from loraplex_server.adapters.residency import Observer, Place, Residency, Unobserved
 from loraplex_server.engine.attention import KVTensors
 from loraplex_server.engine.backend import prepare
@@ -239,15 +239,15 @@ class Engine:
 
     def _load(self, key: str) -> HostAdapter:
         folder = self._folders.get(key)
-        return self._read(key, folder) if folder else self._arranged(self._fetch(key))
+        return self._read(key, folder) if folder else self._cast(self._fetch(key))
 
-    def _arranged(self, adapter: HostAdapter) -> HostAdapter:
-        on_cpu = self.base.device.type == "cpu"  # elsewhere the device arranges faster than the host
-        return arranged(adapter, self.backend.lora_dtype, self.backend.amx) if on_cpu else adapter
+    def _cast(self, adapter: HostAdapter) -> HostAdapter:
+        on_cpu = self.base.device.type == "cpu"  # elsewhere the device is faster than the host
+        return cast(adapter, self.backend.lora_dtype) if on_cpu else adapter
 
     def _read(self, key: str, folder: Path) -> HostAdapter:
         pin = self.base.device.type == "cuda"
-        return self._arranged(read_adapter(key, folder, self.base.description, self.config.max_rank, pin))
+        return self._cast(read_adapter(key, folder, self.base.description, self.config.max_rank, pin))
 
     def _place(self, request: Request, failed: list[Delta]) -> Place:
         if request.adapter is None:

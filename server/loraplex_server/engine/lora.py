@@ -14,12 +14,11 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from peft.tuners.lora import Embedding, LoraLayer
-from torch import nn
 
 from loraplex_server.engine.batch import Batch
 from loraplex_server.engine.lora_table import LoraTable
 
-RUN_TOKENS = 4  # the most that the kernel for CPUs takes at once; see kernels/lora.c
+TILE = 16  # tokens that the kernel for CPUs takes at once; see kernels/lora.c
 
 
 class Segment(NamedTuple):
@@ -38,12 +37,12 @@ class Along:
         self.segments = segments
         self.tokens = segments[-1].last
         runs = [
-            (first, min(RUN_TOKENS, last - first), slot)
+            (first, min(last, (first // TILE + 1) * TILE) - first, slot)
             for _, slot, start, last in segments
             if slot >= 0
-            for first in range(start, last, RUN_TOKENS)
+            for first in (start, *range((start // TILE + 1) * TILE, last, TILE))
         ]
-        self.runs = torch.tensor(runs, dtype=torch.int32)  # (runs, 3): first token, tokens, slot
+        self.runs = torch.tensor(runs, dtype=torch.int32)  # (runs, 3): first token, tokens, slot; none across two tiles
         self.adapted = bool(runs)  # whether any token is an adapter's
         self.call = (self.runs.data_ptr(), len(runs))  # as the kernels for CPUs take them
         self._slots: torch.Tensor | None = None
@@ -74,10 +73,6 @@ class LoraKernel(Protocol):
 
     def table(self, layer: Any, slots: int, max_rank: int) -> LoraTable | None:
         """An empty table for a layer; None if the kernel cannot serve its shape."""
-        ...
-
-    def arranged(self, b: torch.Tensor) -> torch.Tensor:
-        """B (outputs, rank) in memory as the kernel reads it."""
         ...
 
     def apply(self, base_layer: Any, x: torch.Tensor, along: Along, table: LoraTable) -> torch.Tensor:
@@ -128,8 +123,7 @@ class Routing:
             known.others.add(slot)
             self._elsewhere[slot] += 1
             return
-        a, b = layer.lora_A[name].weight, self._kernel.arranged(layer.lora_B[name].weight.data)
-        layer.lora_B[name].weight = nn.Parameter(b, requires_grad=False)  # peft's module sees the same memory
+        a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
         known.table.a[slot], known.table.b[slot] = a.data_ptr(), b.data_ptr()
         known.table.rank[slot], known.table.scaling[slot] = a.shape[0], layer.scaling[name]
 

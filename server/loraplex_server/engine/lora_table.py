@@ -18,7 +18,7 @@ class LoraTable:
     """
 
     a: torch.Tensor  # (slots,) int64: address of A, row-major (rank, in_features); 0: nothing here for the slot
-    b: torch.Tensor  # (slots,) int64: address of B, row-major (out_features, rank); on a CPU (rank, out_features)
+    b: torch.Tensor  # (slots,) int64: address of B, row-major (out_features, rank)
     rank: torch.Tensor  # (slots,) int32; 0: nothing here for the slot
     scaling: torch.Tensor  # (slots,) float32
     dtype: torch.dtype  # of every A and B

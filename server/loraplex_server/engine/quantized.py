@@ -54,7 +54,7 @@ def _by_tiles(layer: Linear4bit, weight: Params4bit) -> Callable[..., torch.Tens
     state: Any = weight.quant_state
     outputs, inputs = state.shape
     codes, scales = pack(weight.data, state)
-    codebook = state.code.to(torch.bfloat16).repeat(2)
+    codebook = state.code.float()
     weight.data, weight.quant_state = codes, None
     bias = None if layer.bias is None else layer.bias.to(torch.bfloat16)
     kernel = native().library.nf4_linear  # pyright: ignore[reportOptionalMemberAccess]
@@ -79,8 +79,8 @@ def pack(weight: torch.Tensor, state: Any) -> tuple[torch.Tensor, torch.Tensor]:
         absmax = dequantize_blockwise(state.absmax, state.state2) + state.offset
     scales = absmax.float().view(outputs // 16, 16, inputs // 64).transpose(1, 2).contiguous()
     codes = torch.stack([weight.view(-1) >> 4, weight.view(-1) & 15], 1)  # the first of two weights is in the high bits
-    codes = codes.view(outputs // 16, 16, inputs // 64, 2, 16, 2)  # tile, output, block, half, row, input of the row
-    low, high = codes.permute(3, 0, 2, 4, 1, 5)
+    codes = codes.view(outputs // 16, 16, inputs // 64, 2, 32)  # tile, output, block, half, input
+    low, high = codes.permute(3, 0, 2, 1, 4)
     return (low | high << 4).contiguous(), scales
 
 

@@ -25,7 +25,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class TritonLora:
-    """See lora.LoraKernel. B lies as (outputs, rank)."""
+    """See lora.LoraKernel."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
@@ -33,10 +33,6 @@ class TritonLora:
     def table(self, layer: Any, slots: int, max_rank: int) -> LoraTable:
         """See LoraKernel."""
         return LoraTable.empty(slots, self.dtype, max_rank, layer.get_base_layer().weight.device)
-
-    def arranged(self, b: torch.Tensor) -> torch.Tensor:
-        """See LoraKernel."""
-        return b
 
     def apply(self, base_layer: Any, x: torch.Tensor, along: Along, table: LoraTable) -> torch.Tensor:
         """See LoraKernel."""

@@ -1,11 +1,14 @@
-// What the kernels share: bfloat16 to float32 and back, sixteen at a time, and the shape of AMX tiles.
+// What the kernels share: bfloat16 to float32 and back, sixteen at a time, and AMX tiles of sixteen rows of 64 bytes.
 
 #pragma once
 #include <immintrin.h>
 #include <math.h>
+#include <omp.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+
+enum { TILE = 16, DEPTH = 32 };  // values in a row of a tile: 16 of float32, 32 of bfloat16
 
 static inline __m512 from_bf16(const uint16_t *at) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)at)), 16));
@@ -15,14 +18,45 @@ static inline void to_bf16(uint16_t *at, __m512 values) {
     _mm256_storeu_si256((__m256i *)at, (__m256i)_mm512_cvtneps_pbh(values));
 }
 
-// Tiles 0, 1 (rows of x) and 6, 7 (sums) get `rows` rows, 2 to 5 (weights) sixteen; each row is 64 bytes.
-static inline void tiles_of_rows(int rows) {
+// For sums (rows, width) += weights (rows, 32) times x^T: tiles 0 to 3 hold sums, 4 and 5 weights, and 6 and 7 x, in pairs
+// of inputs: (16 pairs, width tokens, 2).
+static inline void shape_tiles(int rows, int width) {
     _Alignas(64) uint8_t shape[64] = {1};
     for (int tile = 0; tile < 8; tile++) {
-        *(uint16_t *)(shape + 16 + 2 * tile) = 64;
-        shape[48 + tile] = tile < 2 || tile > 5 ? rows : 16;
+        *(uint16_t *)(shape + 16 + 2 * tile) = tile == 4 || tile == 5 ? 64 : 4 * width;
+        shape[48 + tile] = tile < 6 ? rows : TILE;
     }
+    __asm__ volatile("" : : "r"(shape) : "memory");  // gcc 12 believes that the next line reads only eight bytes
     _tile_loadconfig(shape);
+}
+
+static inline void zero_sums(void) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+}
+
+static inline __attribute__((always_inline)) void transpose(__m512i rows[TILE]) {
+    __m512i t[TILE];
+    for (int i = 0; i < TILE; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+    }
+    for (int i = 0; i < TILE; i += 4)
+        for (int j = 0; j < 2; j++) {
+            rows[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + j + 2]);
+            rows[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + j + 2]);
+        }
+    for (int i = 0; i < 4; i++) {  // four rows of four values by four, in each quarter of rows[i], rows[i + 4], ...
+        __m512i even0 = _mm512_shuffle_i32x4(rows[i], rows[i + 4], 0x88), odd0 = _mm512_shuffle_i32x4(rows[i], rows[i + 4], 0xdd);
+        __m512i even1 = _mm512_shuffle_i32x4(rows[i + 8], rows[i + 12], 0x88), odd1 = _mm512_shuffle_i32x4(rows[i + 8], rows[i + 12], 0xdd);
+        t[i] = _mm512_shuffle_i32x4(even0, even1, 0x88);
+        t[i + 4] = _mm512_shuffle_i32x4(odd0, odd1, 0x88);
+        t[i + 8] = _mm512_shuffle_i32x4(even0, even1, 0xdd);
+        t[i + 12] = _mm512_shuffle_i32x4(odd0, odd1, 0xdd);
+    }
+    for (int i = 0; i < TILE; i++) rows[i] = t[i];
 }
 
 // Memory that a thread keeps for its next call. Returns at least `bytes`, aligned to 64.

@@ -1,137 +1,128 @@
-// out += scaling B (A x), each token with its own adapter: all adapters of a step in one call per layer.
+// scaling B (A x), each token with its own adapter, in AMX tiles: A and B lie as peft keeps them, row after row.
 //
-// Knows slots, not adapters. A is (rank, inputs), B is kept as (rank, outputs), so that both are read along their rows;
-// a slot of rank 0 has nothing in this layer. Sums are float32, their order depends on the layer alone: a token gets
-// the same bits whatever its neighbours. The split into shrink and expand is Punica's, arXiv:2310.18547.
+// Knows slots, not adapters. First every run's h = scaling A x is made, rounded to bfloat16 as peft rounds A x; a tile of
+// tokens then gets B h on top of its sums, run by run, with 0 for the tokens that are not the run's. So a token gets the
+// same bits whatever its neighbours, as long as no B holds a NaN or an infinity, which the engine does not let in. The
+// split into shrink and expand is Punica's, arXiv:2310.18547.
 
 #pragma once
-#include <omp.h>
 #include "common.h"
 
-enum { TOKENS = 4, RANKS = 4, COLUMNS = 64 };
+enum { RANKS = 8, SOON = 8 * DEPTH };  // ranks that a thread shrinks at a time; how far ahead it asks for A
 
-// A run of at most four neighbouring tokens of one slot.
+// Neighbouring tokens of one slot, in one tile of tokens.
 typedef struct { int32_t first, tokens, slot; } Run;
 
-
-// h[t][r] for `tokens` tokens and `ranks` ranks, both constants where this is inlined.
-static inline __attribute__((always_inline)) void shrink(float *h, long h_stride, const uint16_t *x, const uint16_t *a,
-                                                         float scaling, long inputs, int tokens, int ranks) {
-    __m512 sums[TOKENS][RANKS];
-    for (int t = 0; t < tokens; t++)
-        for (int r = 0; r < ranks; r++) sums[t][r] = _mm512_setzero_ps();
-    for (long i = 0; i < inputs; i += 32) {
-        __m512bh weight[RANKS];
-        for (int r = 0; r < ranks; r++) weight[r] = (__m512bh)_mm512_loadu_si512(a + r * inputs + i);
-        for (int t = 0; t < tokens; t++) {
-            __m512bh value = (__m512bh)_mm512_loadu_si512(x + t * inputs + i);
-            for (int r = 0; r < ranks; r++) sums[t][r] = _mm512_dpbf16_ps(sums[t][r], value, weight[r]);
-        }
-    }
-    for (int t = 0; t < tokens; t++)
-        for (int r = 0; r < ranks; r++) h[t * h_stride + r] = scaling * _mm512_reduce_add_ps(sums[t][r]);
-}
-
-static void shrink_run(float *h, long h_stride, const uint16_t *x, const uint16_t *a, float scaling, long inputs, int tokens,
-                       int ranks) {
-    if (ranks == RANKS) {
-        switch (tokens) {
-            case 1: return shrink(h, h_stride, x, a, scaling, inputs, 1, RANKS);
-            case 2: return shrink(h, h_stride, x, a, scaling, inputs, 2, RANKS);
-            case 3: return shrink(h, h_stride, x, a, scaling, inputs, 3, RANKS);
-            default: return shrink(h, h_stride, x, a, scaling, inputs, 4, RANKS);
-        }
-    }
-    for (int r = 0; r < ranks; r++)
-        for (int t = 0; t < tokens; t++)
-            shrink(h + t * h_stride + r, h_stride, x + t * inputs, a + r * inputs, scaling, inputs, 1, 1);
-}
-
-static inline __attribute__((always_inline)) void expand(uint16_t *out, const float *h, long h_stride, const uint16_t *b,
-                                                         int rank, long outputs, int tokens) {
-    __m512 sums[TOKENS][COLUMNS / 16];
-    for (int t = 0; t < tokens; t++)
-        for (int c = 0; c < COLUMNS / 16; c++) sums[t][c] = _mm512_setzero_ps();
-    for (int r = 0; r < rank; r++) {
-        __m512 weight[COLUMNS / 16];
-        for (int c = 0; c < COLUMNS / 16; c++) weight[c] = from_bf16(b + r * outputs + 16 * c);
-        for (int t = 0; t < tokens; t++) {
-            __m512 value = _mm512_set1_ps(h[t * h_stride + r]);
-            for (int c = 0; c < COLUMNS / 16; c++) sums[t][c] = _mm512_fmadd_ps(value, weight[c], sums[t][c]);
-        }
-    }
-    for (int t = 0; t < tokens; t++)
-        for (int c = 0; c < COLUMNS / 16; c++) {
-            uint16_t *to = out + t * outputs + 16 * c;
-            to_bf16(to, _mm512_add_ps(from_bf16(to), sums[t][c]));
-        }
-}
-
-static void expand_run(uint16_t *out, const float *h, long h_stride, const uint16_t *b, int rank, long outputs, int tokens) {
-    switch (tokens) {
-        case 1: return expand(out, h, h_stride, b, rank, outputs, 1);
-        case 2: return expand(out, h, h_stride, b, rank, outputs, 2);
-        case 3: return expand(out, h, h_stride, b, rank, outputs, 3);
-        default: return expand(out, h, h_stride, b, rank, outputs, 4);
-    }
-}
-
-// What a step adds to one layer: the runs, what the table holds by slot, and h (tokens, most_rank).
+// What a step adds to one layer: the runs, what the table holds by slot, and h, for each run (chunks, 16 pairs of ranks,
+// 16 tokens, 2).
 typedef struct {
     const Run *runs;
     long count;
     const int64_t *a, *b;
     const int32_t *ranks;
     const float *scaling;
-    long most_rank;
-    float *h;
+    long chunks;  // of 32 ranks, in the highest rank of the table
+    uint16_t *h;
 } Lora;
 
-// h of every run, by all threads of a team together; they do not wait for each other.
-static void shrink_all(const Lora *lora, const uint16_t *x, long inputs) {
-    long parts = (lora->most_rank + RANKS - 1) / RANKS;
-#pragma omp for schedule(static, 1) collapse(2) nowait
-    for (long i = 0; i < lora->count; i++)
-        for (long part = 0; part < parts; part++) {
-            Run run = lora->runs[i];
-            int left = lora->ranks[run.slot] - part * RANKS;
-            if (left > 0)
-                shrink_run(lora->h + run.first * lora->most_rank + part * RANKS, lora->most_rank, x + run.first * inputs,
-                           (const uint16_t *)lora->a[run.slot] + part * RANKS * inputs, lora->scaling[run.slot], inputs,
-                           run.tokens, left < RANKS ? left : RANKS);
+enum { CHUNK = TILE * DEPTH };  // values in a chunk of h
+
+static int chunks_of(const Lora *lora, long run) { return (lora->ranks[lora->runs[run].slot] + DEPTH - 1) / DEPTH; }
+
+// h of `ranks` ranks of a run from one on, at most RANKS; the others of RANKS are 0. a: their rows of A.
+static void shrink(uint16_t *h, Run run, const uint16_t *a, int ranks, float scaling, const uint16_t *x, long inputs, int width) {
+    _Alignas(64) float sums[4][RANKS * TILE] = {0};
+    if (ranks) {
+        long stride = inputs * 2, step = TILE * 2 * width, depth = 0;
+        shape_tiles(ranks, width);
+        zero_sums();
+        for (; depth + 4 * DEPTH <= inputs; depth += 4 * DEPTH, x += 4 * step) {  // four sums: each need not wait for the last
+            for (int rank = 0; rank < ranks; rank++)
+                for (int next = SOON; next < SOON + 4 * DEPTH; next += DEPTH)
+                    _mm_prefetch(a + rank * inputs + depth + next, _MM_HINT_T0);
+            _tile_loadd(4, a + depth, stride);
+            _tile_loadd(6, x, 4 * width);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_loadd(5, a + depth + DEPTH, stride);
+            _tile_loadd(7, x + step, 4 * width);
+            _tile_dpbf16ps(1, 5, 7);
+            _tile_loadd(4, a + depth + 2 * DEPTH, stride);
+            _tile_loadd(6, x + 2 * step, 4 * width);
+            _tile_dpbf16ps(2, 4, 6);
+            _tile_loadd(5, a + depth + 3 * DEPTH, stride);
+            _tile_loadd(7, x + 3 * step, 4 * width);
+            _tile_dpbf16ps(3, 5, 7);
         }
-}
-
-// The columns of a layer's outputs that are the business of the thread that calls, in steps of `step`.
-static void own_columns(long outputs, long step, long *first, long *last) {
-    long threads = omp_get_num_threads(), thread = omp_get_thread_num(), all = outputs / step;
-    *first = all * thread / threads * step;
-    *last = all * (thread + 1) / threads * step;
-}
-
-// out += B h for the columns of the thread that calls: it goes along them once for every run, so that weights are read in
-// their order.
-static void expand_own(uint16_t *out, const Lora *lora, long outputs) {
-    long first, last;
-    own_columns(outputs, COLUMNS, &first, &last);
-    for (long i = 0; i < lora->count; i++) {
-        Run run = lora->runs[i];
-        for (long column = first; lora->ranks[run.slot] && column < last; column += COLUMNS)
-            expand_run(out + run.first * outputs + column, lora->h + run.first * lora->most_rank, lora->most_rank,
-                       (const uint16_t *)lora->b[run.slot] + column, lora->ranks[run.slot], outputs, run.tokens);
+        for (; depth < inputs; depth += DEPTH, x += step) {
+            _tile_loadd(4, a + depth, stride);
+            _tile_loadd(6, x, 4 * width);
+            _tile_dpbf16ps(0, 4, 6);
+        }
+        _tile_stored(0, sums[0], 64);
+        _tile_stored(1, sums[1], 64);
+        _tile_stored(2, sums[2], 64);
+        _tile_stored(3, sums[3], 64);
+    }
+    __mmask16 own = ((1 << run.tokens) - 1) << run.first % TILE;
+    for (int rank = 0; rank < RANKS; rank += 2) {
+        __m512i pair[2];
+        for (int i = 0; i < 2; i++) {
+            __m512 part[4];
+            for (int n = 0; n < 4; n++) part[n] = _mm512_load_ps(sums[n] + (rank + i) * TILE);
+            __m512 sum = _mm512_add_ps(_mm512_add_ps(part[0], part[1]), _mm512_add_ps(part[2], part[3]));
+            pair[i] = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(sum, _mm512_set1_ps(scaling))));
+        }
+        _mm512_store_si512(h + rank * TILE, _mm512_maskz_or_epi32(own, pair[0], _mm512_slli_epi32(pair[1], 16)));
     }
 }
 
-// out (tokens, outputs) bfloat16 += what the slots of x (tokens, inputs) bfloat16 add. inputs: a multiple of 32,
-// outputs: of 64. most_rank: the highest rank in the table.
-void lora_add(uint16_t *out, const uint16_t *x, long tokens, long inputs, long outputs, const Run *runs, long count,
-              const int64_t *a, const int64_t *b, const int32_t *ranks, const float *scaling, long most_rank) {
-    static _Thread_local Scratch h_scratch;
-    Lora lora = {runs, count, a, b, ranks, scaling, most_rank, scratch(&h_scratch, tokens * most_rank * sizeof(float))};
-#pragma omp parallel
-    {
-        shrink_all(&lora, x, inputs);
-#pragma omp barrier
-        expand_own(out, &lora, outputs);
+// h of the runs from `first` to `last`, by all threads of a team together. x: the tiles of tokens from the `tile`th on.
+static void shrink_all(const Lora *lora, long first, long last, const uint16_t *x, long tile, long inputs, int width) {
+    long parts = lora->chunks * DEPTH / RANKS;
+#pragma omp for schedule(static, 1) collapse(2)
+    for (long i = first; i < last; i++)
+        for (long part = 0; part < parts; part++) {
+            if (part * RANKS >= chunks_of(lora, i) * DEPTH) continue;
+            Run run = lora->runs[i];
+            long left = lora->ranks[run.slot] - part * RANKS;
+            shrink(lora->h + i * lora->chunks * CHUNK + part * RANKS * TILE, run,
+                   (const uint16_t *)lora->a[run.slot] + part * RANKS * inputs, left < 0 ? 0 : left < RANKS ? left : RANKS,
+                   lora->scaling[run.slot], x + (run.first / TILE - tile) * inputs * width, inputs, width);
+        }
+}
+
+// Asks for B's rows of the 32 outputs from `at` on, for the runs from `first` to `last`.
+static void ask_for_b(const Lora *lora, long first, long last, long at) {
+    for (long i = first, before = -1; i < last; i++) {
+        long slot = lora->runs[i].slot, bytes = lora->ranks[slot] * 2;
+        if (slot == before) continue;
+        for (long byte = 0; byte < 2 * TILE * bytes; byte += 64) _mm_prefetch((const char *)lora->b[slot] + at * bytes + byte, _MM_HINT_T0);
+        before = slot;
+    }
+}
+
+// B h of one run to the sums of `at` and the 15 outputs that follow (tiles 0 and 2) and of 16 more (tiles 1 and 3).
+// Behind the ranks of an output a tile reads those of the next, times 0; behind the last output there are none.
+static inline __attribute__((always_inline)) void expand(const Lora *lora, long i, long at, long outputs, int second) {
+    long rank = lora->ranks[lora->runs[i].slot], chunks = chunks_of(lora, i), stride = rank;
+    const uint16_t *b = (const uint16_t *)lora->b[lora->runs[i].slot] + at * rank;
+    for (long chunk = 0; chunk < chunks; chunk++, b += DEPTH) {
+        _Alignas(64) uint16_t last[2 * TILE][DEPTH];
+        const uint16_t *from = b;
+        if (at + 2 * TILE == outputs && rank % DEPTH) {
+            __mmask32 there = rank - chunk * DEPTH < DEPTH ? (1u << rank % DEPTH) - 1 : ~0u;
+            for (int row = 0; row < 2 * TILE; row++) _mm512_store_si512(last[row], _mm512_maskz_loadu_epi16(there, b + row * rank));
+            from = last[0], stride = DEPTH;
+        }
+        _tile_loadd(4, from, stride * 2);
+        _tile_loadd(5, from + TILE * stride, stride * 2);
+        _tile_loadd(6, lora->h + (i * lora->chunks + chunk) * CHUNK, 64);
+        if (second) {
+            _tile_dpbf16ps(2, 4, 6);
+            _tile_dpbf16ps(3, 5, 6);
+        } else {
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(1, 5, 6);
+        }
     }
 }

@@ -1,130 +1,179 @@
 // y = x W^T for a weight in 4-bit NormalFloat, and what adapters add to it, on a CPU with AMX: the weight is read once, as
 // 4 bits, however many rows x has.
 //
-// Knows the layout that kernels/nf4.py packs: for each tile of 16 outputs, for each block of 64 inputs, 512 bytes of
-// codes and 16 scales. Byte j of code row c holds, for output j / 2, the codes of inputs 2c + j % 2 (low four bits) and
-// 32 + 2c + j % 2 (high four bits): the two AMX operands of the block. A block's sum is scaled after it was summed, in
-// float32, so a row's result is the same bits whatever other rows there are.
+// Knows the layout that engine/quantized.py packs: for each tile of 16 outputs, for each block of 64 inputs, 16 scales and
+// 16 x 32 bytes of codes. Byte j of an output has the codes of input j (low four bits) and of input 32 + j. A weight is its
+// code's value times its block's scale, rounded to bfloat16: what bitsandbytes dequantizes to. Outputs are the rows of the
+// products, so that a row of weights is one look-up, and tokens are the columns; a token's result is the same bits whatever
+// other tokens there are.
 
 #include "lora.c"
 
-enum { TILE = 16, BLOCK = 64, CODE_BYTES = TILE * BLOCK / 2, MOST_TILES = 8, AHEAD = 64 };
+enum { BLOCK = 64, CODE_BYTES = TILE * BLOCK / 2, PANEL = 2 * TILE * BLOCK, AHEAD = 8, X_BYTES = 1 << 20 };
 
-// book: what the values 0 to 15 stand for, as bfloat16, twice, since vpermw looks at five bits of an index.
-static void unpack(const uint8_t *codes, __m512i book, uint16_t *low, uint16_t *high) {
-    for (int row = 0; row < TILE; row++) {
-        __m512i index = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(codes + row * 32)));
-        _mm512_store_si512(low + row * 32, _mm512_permutexvar_epi16(index, book));
-        _mm512_store_si512(high + row * 32, _mm512_permutexvar_epi16(_mm512_srli_epi16(index, 4), book));
-    }
-}
+typedef struct {
+    const uint8_t *codes;  // NULL: there is no weight, only adapters
+    const float *scales;
+    const float *book;  // what the codes 0 to 15 stand for
+    long blocks;
+} Weight;
 
-// Tile `tile` of x (rows, inputs), for each block of inputs 16 x 64 values side by side, next to the same block of the
-// other tiles; rows that are missing are 0.
-static void tile_rows(uint16_t *tiled, const uint16_t *x, long tile, long tiles, long rows, long inputs) {
-    for (long row = 0; row < TILE; row++) {
-        const uint16_t *from = x + (tile * TILE + row) * inputs;
-        uint16_t *to = tiled + (tile * TILE + row) * BLOCK;
-        int there = tile * TILE + row < rows;
-        for (long block = 0; block < inputs / BLOCK; block++, from += BLOCK, to += tiles * TILE * BLOCK) {
-            __m512i low = there ? _mm512_loadu_si512(from) : _mm512_setzero_si512();
-            __m512i high = there ? _mm512_loadu_si512(from + 32) : _mm512_setzero_si512();
-            _mm512_store_si512(to, low);
-            _mm512_store_si512(to + 32, high);
+// A block of 32 outputs as bfloat16: (2 tiles of outputs, 2 halves of the inputs, 16 outputs, 32 inputs).
+static inline __attribute__((always_inline)) void unpack(uint16_t *panel, const Weight *weight, long tile, long block, __m512 book) {
+    for (int second = 0; second < 2; second++, panel += PANEL / 2) {
+        const uint8_t *codes = weight->codes + ((tile + second) * weight->blocks + block) * CODE_BYTES;
+        const float *scales = weight->scales + ((tile + second) * weight->blocks + block) * TILE;
+        for (int line = 0; line < CODE_BYTES; line += 64) _mm_prefetch(codes + AHEAD * CODE_BYTES + line, _MM_HINT_T0);
+        for (int row = 0; row < TILE; row++) {
+            __m512 values = _mm512_mul_ps(book, _mm512_set1_ps(scales[row]));
+            __m512i table = (__m512i)_mm512_cvtne2ps_pbh(values, values);  // twice: vpermw looks at five bits of an index
+            __m512i index = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(codes + row * 32)));
+            _mm512_store_si512(panel + row * DEPTH, _mm512_permutexvar_epi16(index, table));
+            _mm512_store_si512(panel + (TILE + row) * DEPTH, _mm512_permutexvar_epi16(_mm512_srli_epi16(index, 4), table));
         }
     }
 }
 
-static inline void add_scaled(float *sums, const float *products, __m512 scale, int rows) {
-    for (int row = 0; row < rows; row++) {
-        __m512 sum = _mm512_load_ps(sums + row * TILE), product = _mm512_load_ps(products + row * TILE);
-        _mm512_store_ps(sums + row * TILE, _mm512_fmadd_ps(product, scale, sum));
-    }
-}
-
-// Two tiles of outputs for some tiles of rows, each of `height` rows that count. sums: 2 x tiles x 16 x 16.
-static void two_tiles(float *sums, const uint16_t *tiled, const uint8_t *codes, const float *scales, __m512i book,
-                      long tiles, int height, long blocks) {
-    _Alignas(64) uint16_t weight[4][TILE * 32];
-    _Alignas(64) float products[2][TILE * TILE];
-    const uint8_t *codes1 = codes + blocks * CODE_BYTES;
-    const float *scales1 = scales + blocks * TILE;
-    memset(sums, 0, 2 * tiles * TILE * TILE * sizeof(float));
-    for (long block = 0; block < blocks; block++) {
-        for (int line = 0; line < CODE_BYTES; line += 64) {
-            _mm_prefetch(codes + (block + AHEAD) * CODE_BYTES + line, _MM_HINT_T0);
-            _mm_prefetch(codes1 + (block + AHEAD) * CODE_BYTES + line, _MM_HINT_T0);
-        }
-        unpack(codes + block * CODE_BYTES, book, weight[0], weight[1]);
-        unpack(codes1 + block * CODE_BYTES, book, weight[2], weight[3]);
-        __m512 scale0 = _mm512_loadu_ps(scales + block * TILE), scale1 = _mm512_loadu_ps(scales1 + block * TILE);
-        _tile_loadd(2, weight[0], 64);
-        _tile_loadd(3, weight[1], 64);
-        _tile_loadd(4, weight[2], 64);
-        _tile_loadd(5, weight[3], 64);
-        for (long tile = 0; tile < tiles; tile++) {
-            const uint16_t *part = tiled + (block * tiles + tile) * TILE * BLOCK;
-            _tile_loadd(0, part, BLOCK * 2);
-            _tile_loadd(1, part + 32, BLOCK * 2);
-            _tile_zero(6);
-            _tile_zero(7);
-            _tile_dpbf16ps(6, 0, 2);
-            _tile_dpbf16ps(7, 0, 4);
-            _tile_dpbf16ps(6, 1, 3);
-            _tile_dpbf16ps(7, 1, 5);
-            _tile_stored(6, products[0], 64);
-            _tile_stored(7, products[1], 64);
-            float *sum = sums + 2 * tile * TILE * TILE;
-            if (height == TILE) {
-                add_scaled(sum, products[0], scale0, TILE);
-                add_scaled(sum + TILE * TILE, products[1], scale1, TILE);
-            } else {
-                add_scaled(sum, products[0], scale0, height);
-                add_scaled(sum + TILE * TILE, products[1], scale1, height);
+// Sums of 32 outputs for one tile of tokens or two. x: the tokens' tiles, one after the other. panel: where the weights
+// are as bfloat16, or get to be: all blocks with `keep`, else two, turn about. Unpacked one block ahead of the products.
+static inline __attribute__((always_inline)) void multiply(uint16_t *panel, const Weight *weight, long tile, const uint16_t *x,
+                                                           int width, int two, int fresh, int keep) {
+    __m512 book = _mm512_loadu_ps(weight->book);
+    long step = TILE * 2 * width, next = step * 2 * weight->blocks;
+    if (fresh) unpack(panel, weight, tile, 0, book);
+    for (long block = 0; block < weight->blocks; block++) {
+        const uint16_t *at = panel + (keep ? block : block % 2) * PANEL;
+        if (fresh && block + 1 < weight->blocks)
+            unpack(panel + (keep ? block + 1 : (block + 1) % 2) * PANEL, weight, tile, block + 1, book);
+        for (int half = 0; half < 2; half++, at += PANEL / 4, x += step) {
+            _tile_loadd(4, at, 64);
+            _tile_loadd(5, at + PANEL / 2, 64);
+            _tile_loadd(6, x, 4 * width);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(1, 5, 6);
+            if (two) {
+                _tile_loadd(7, x + next, 4 * width);
+                _tile_dpbf16ps(2, 4, 7);
+                _tile_dpbf16ps(3, 5, 7);
             }
         }
     }
 }
 
-// out (rows, outputs) bfloat16 = x (rows, inputs) bfloat16 times the packed weight, plus bias (outputs) or NULL, plus
-// what adapters add. inputs: a multiple of 64; outputs: of 32, and of 64 with adapters.
-void nf4_linear(uint16_t *out, const uint16_t *x, const uint8_t *codes, const float *scales, const uint16_t *bias,
-                const uint16_t *codebook, long rows, long inputs, long outputs, const Run *runs, long count,
-                const int64_t *a, const int64_t *b, const int32_t *ranks, const float *scaling, long most_rank) {
+// Sums of 32 outputs, for the `rows` tokens of one tile, to their place; plus bias, or plus what is there. sums: of 16
+// outputs, and of the other 16.
+static void finish(uint16_t *out, const float *sums, long rows, long outputs, const uint16_t *bias, int add) {
+    __m512i low[TILE], high[TILE];
+    for (int i = 0; i < TILE; i++) low[i] = _mm512_load_si512(sums + i * TILE), high[i] = _mm512_load_si512(sums + (TILE + i) * TILE);
+    transpose(low);
+    transpose(high);
+    for (long row = 0; row < rows; row++, out += outputs) {
+        const uint16_t *more = add ? out : bias;
+        __m512 first = _mm512_castsi512_ps(low[row]), second = _mm512_castsi512_ps(high[row]);
+        if (more) first = _mm512_add_ps(first, from_bf16(more)), second = _mm512_add_ps(second, from_bf16(more + TILE));
+        _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh(second, first));
+    }
+}
+
+// `rows` tokens of x from one on in tiles, by all threads of a team together: for each tile of tokens, for each 32 inputs,
+// (16 pairs of inputs, width tokens, 2); tokens that are missing are 0.
+static void tile_tokens(uint16_t *tiled, const uint16_t *x, long rows, long inputs, int width) {
+#pragma omp for schedule(static) collapse(2)
+    for (long first = 0; first < rows; first += TILE)
+        for (long depth = 0; depth < inputs; depth += DEPTH) {
+            __m512i part[TILE];
+            for (long row = 0; row < TILE; row++)
+                part[row] = first + row < rows ? _mm512_loadu_si512(x + (first + row) * inputs + depth) : _mm512_setzero_si512();
+            transpose(part);
+            uint16_t *to = tiled + (first * inputs / TILE + depth) * width;
+            for (int pair = 0; pair < TILE; pair++) _mm512_mask_storeu_epi32(to + pair * 2 * width, (1 << width) - 1, part[pair]);
+        }
+}
+
+// The first run from i on that begins at a token or behind it.
+static inline long next_tile(const Lora *lora, long i, long last, long token) {
+    while (i < last && lora->runs[i].first < token) i++;
+    return i;
+}
+
+static void linear(uint16_t *out, const uint16_t *x, Weight weight, const uint16_t *bias, long rows, long inputs, long outputs,
+                   Lora lora) {
     static _Thread_local Scratch tiled_scratch, h_scratch;
-    long blocks = inputs / BLOCK, most = MOST_TILES * TILE;
-    uint16_t *tiled = scratch(&tiled_scratch, (rows < most ? (rows + TILE - 1) / TILE * TILE : most) * inputs * 2);
-    Lora lora = {runs, count, a, b, ranks, scaling, most_rank, scratch(&h_scratch, rows * most_rank * sizeof(float))};
-#pragma omp parallel
+    int width = rows < TILE ? rows : TILE;
+    long most = X_BYTES / (inputs * 2) / (2 * TILE) * (2 * TILE), run = 0;  // rows at a time: they stay in the second cache
+    most = most < 2 * TILE ? 2 * TILE : most > rows ? (rows + TILE - 1) / TILE * TILE : most;
+    uint16_t *tiled = scratch(&tiled_scratch, most * inputs * 2);
+    lora.h = scratch(&h_scratch, lora.count * lora.chunks * CHUNK * 2);
+#pragma omp parallel firstprivate(run)
     {
-        static _Thread_local Scratch sums_scratch;
-        float *sums = scratch(&sums_scratch, 2 * MOST_TILES * TILE * TILE * sizeof(float));
-        __m512i book = _mm512_loadu_si512(codebook);
-        long column, end;
-        own_columns(outputs, outputs % COLUMNS ? 2 * TILE : COLUMNS, &column, &end);
-        tiles_of_rows(rows < TILE ? rows : TILE);
-        shrink_all(&lora, x, inputs);
-        for (long first = 0; first < rows; first += most) {  // what fits the second cache with room for weights
-            long now = rows - first < most ? rows - first : most, tiles = (now + TILE - 1) / TILE;
-#pragma omp for schedule(static)
-            for (long tile = 0; tile < tiles; tile++) tile_rows(tiled, x + first * inputs, tile, tiles, now, inputs);
-            for (long at = column; at < end; at += 2 * TILE) {
-                two_tiles(sums, tiled, codes + at / TILE * blocks * CODE_BYTES, scales + at / TILE * blocks * TILE, book, tiles,
-                          rows < TILE ? rows : TILE, blocks);
-                __m512 add0 = bias ? from_bf16(bias + at) : _mm512_setzero_ps();
-                __m512 add1 = bias ? from_bf16(bias + at + TILE) : _mm512_setzero_ps();
-                for (long row = 0; row < now; row++) {
-                    float *sum = sums + (row / TILE * 2 * TILE + row % TILE) * TILE;
+        static _Thread_local Scratch panel_scratch;
+        _Alignas(64) float sums[4][TILE * TILE];
+        int keep = rows > 2 * TILE;
+        uint16_t *panel = scratch(&panel_scratch, (keep ? weight.blocks : 2) * PANEL * 2);
+        long pairs = outputs / (2 * TILE), threads = omp_get_num_threads(), thread = omp_get_thread_num();
+        for (long first = 0; first < rows; first += most) {
+            long now = rows - first < most ? rows - first : most, last = next_tile(&lora, run, lora.count, first + now);
+            tile_tokens(tiled, x + first * inputs, now, inputs, width);
+            if (last > run) shrink_all(&lora, run, last, tiled, first / TILE, inputs, width);
+            shape_tiles(TILE, width);
+            for (long pair = pairs * thread / threads; pair < pairs * (thread + 1) / threads; pair++) {
+                long at = pair * 2 * TILE, i = run;
+                ask_for_b(&lora, run, last, at + 2 * TILE);
+                for (long row = 0; row < now; row += 2 * TILE) {
+                    int two = now - row > TILE;
+                    const uint16_t *tokens = tiled + row * inputs / TILE * width;
+                    zero_sums();
+                    if (!weight.codes) {
+                    } else if (!two && !row) {
+                        multiply(panel, &weight, 2 * pair, tokens, width, 0, 1, 0);
+                    } else if (!two) {
+                        multiply(panel, &weight, 2 * pair, tokens, width, 0, 0, 1);
+                    } else if (!keep) {
+                        multiply(panel, &weight, 2 * pair, tokens, width, 1, 1, 0);
+                    } else if (!row) {
+                        multiply(panel, &weight, 2 * pair, tokens, width, 1, 1, 1);
+                    } else {
+                        multiply(panel, &weight, 2 * pair, tokens, width, 1, 0, 1);
+                    }
+                    long second = next_tile(&lora, i, last, first + row + TILE), end = next_tile(&lora, second, last, first + row + 2 * TILE);
+                    for (long j = second; i < second || j < end;) {  // turn about: neither's sums need wait for each other
+                        if (i < second) expand(&lora, i++, at, outputs, 0);
+                        if (j < end) expand(&lora, j++, at, outputs, 1);
+                    }
+                    i = end;
+                    _tile_stored(0, sums[0], 64);
+                    _tile_stored(1, sums[1], 64);
                     uint16_t *to = out + (first + row) * outputs + at;
-                    to_bf16(to, _mm512_add_ps(_mm512_load_ps(sum), add0));
-                    to_bf16(to + TILE, _mm512_add_ps(_mm512_load_ps(sum + TILE * TILE), add1));
+                    finish(to, sums[0], two ? TILE : now - row, outputs, bias ? bias + at : NULL, !weight.codes);
+                    if (two) {
+                        _tile_stored(2, sums[2], 64);
+                        _tile_stored(3, sums[3], 64);
+                        to += TILE * outputs;
+                        finish(to, sums[2], now - row < 2 * TILE ? now - row - TILE : TILE, outputs, bias ? bias + at : NULL, !weight.codes);
+                    }
                 }
             }
+            run = last;
             if (first + now < rows) {
 #pragma omp barrier
             }
         }
         _tile_release();
-        if (count) expand_own(out, &lora, outputs);  // to columns that this thread has written
     }
+}
+
+// out (rows, outputs) bfloat16 = x (rows, inputs) bfloat16 times the packed weight, plus bias (outputs) or NULL, plus
+// what adapters add. inputs: a multiple of 64; outputs: of 32. most_rank: the highest rank in the table.
+void nf4_linear(uint16_t *out, const uint16_t *x, const uint8_t *codes, const float *scales, const uint16_t *bias, const float *book,
+                long rows, long inputs, long outputs, const Run *runs, long count, const int64_t *a, const int64_t *b,
+                const int32_t *ranks, const float *scaling, long most_rank) {
+    linear(out, x, (Weight){codes, scales, book, inputs / BLOCK}, bias, rows, inputs, outputs,
+           (Lora){runs, count, a, b, ranks, scaling, (most_rank + DEPTH - 1) / DEPTH, NULL});
+}
+
+// out (rows, outputs) bfloat16 += what the slots of x (rows, inputs) bfloat16 add. Both: multiples of 32.
+void lora_add(uint16_t *out, const uint16_t *x, long rows, long inputs, long outputs, const Run *runs, long count,
+              const int64_t *a, const int64_t *b, const int32_t *ranks, const float *scaling, long most_rank) {
+    linear(out, x, (Weight){NULL, NULL, (const float[TILE]){0}, 0}, NULL, rows, inputs, outputs,
+           (Lora){runs, count, a, b, ranks, scaling, (most_rank + DEPTH - 1) / DEPTH, NULL});
 }
