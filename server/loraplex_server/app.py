@@ -15,7 +15,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from loraplex_registry.remote import open_registry
-from loraplex_server.adapters.disk import loader
+from loraplex_server.adapters.disk import folders
 from loraplex_server.config import ServerConfig
 from loraplex_server.drain import Door, Entrance
 from loraplex_server.engine.engine import Engine
@@ -40,8 +40,8 @@ def create_app(config: ServerConfig, base: Base | None = None) -> Starlette:
         build={"base": base.id, "quantization": base.quantization, "device": base.device.type},
     )
     wake = threading.Event()
-    load = loader(registry, base.description, config.engine.max_rank, pin=base.device.type == "cuda")
-    loop = EngineLoop(Engine(base, config.engine, load, metrics, wake.set), wake)
+    fetch = folders(registry, base.description)
+    loop = EngineLoop(Engine(base, config.engine, fetch, metrics, wake.set), wake)
     service = Service(loop, registry, metrics, config.adapter_weights, config.request_timeout)
     door = Door()
 

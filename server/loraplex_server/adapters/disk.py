@@ -4,13 +4,13 @@ The registry verifies every byte on the way; nothing stays on disk that could go
 """
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Protocol
 
 from loraplex_registry.base import BaseDescription
 from loraplex_registry.manifest import Manifest
-from loraplex_server.adapters.host import HostAdapter, read_adapter
 from loraplex_server.engine.errors import AdapterRefused
 
 
@@ -26,16 +26,15 @@ class AdapterSource(Protocol):
         ...
 
 
-def loader(
-    source: AdapterSource, base: BaseDescription, max_rank: int, pin: bool = False
-) -> Callable[[str], HostAdapter]:
-    """A function from digest to host memory, by way of a temporary folder; ``pin`` as in read_adapter.
+def folders(source: AdapterSource, base: BaseDescription) -> Callable[[str], AbstractContextManager[Path]]:
+    """A function from digest to a folder with the version's files, which is there for as long as the context is.
 
-    It raises what manifest, fetch and read raise, and AdapterRefused for a version of another base: two bases of one
-    shape are told apart by the fingerprint of their weights.
+    It raises what manifest and fetch raise, and AdapterRefused for a version of another base: two bases of one shape
+    are told apart by the fingerprint of their weights.
     """
 
-    def load(digest: str) -> HostAdapter:
+    @contextmanager
+    def fetched(digest: str) -> Iterator[Path]:
         theirs = source.manifest(digest).base
         if theirs.fingerprint and base.fingerprint and theirs.fingerprint != base.fingerprint:
             raise AdapterRefused(
@@ -43,6 +42,6 @@ def loader(
                 f"this server has base {base.id}, fingerprint {base.fingerprint}"
             )
         with tempfile.TemporaryDirectory(prefix="loraplex-") as folder:
-            return read_adapter(digest, source.fetch(digest, Path(folder) / "adapter"), base, max_rank, pin)
+            yield source.fetch(digest, Path(folder) / "adapter")
 
-    return load
+    return fetched

@@ -31,8 +31,17 @@ class HostAdapter:
         return sum(t.nbytes for t in self.tensors.values())
 
 
-def read_adapter(key: str, folder: Path, base: BaseDescription, max_rank: int, pin: bool = False) -> HostAdapter:
+def read_adapter(
+    key: str,
+    folder: Path,
+    base: BaseDescription,
+    max_rank: int,
+    pin: bool = False,
+    dtype: torch.dtype | None = None,
+) -> HostAdapter:
     """Read an adapter folder that fits ``base``; ``pin`` locks its pages, from where a CUDA device copies by itself.
+
+    ``dtype``: what the tensors are to become, so that a CPU has nothing to copy when it uses them; None: they stay.
 
     Raises:
         AdapterRefused: it is not a LoRA adapter this server can use whole on this base; the message says why.
@@ -45,36 +54,21 @@ def read_adapter(key: str, folder: Path, base: BaseDescription, max_rank: int, p
     assert isinstance(config, LoraConfig)  # check_adapter refuses every other kind
     config.inference_mode = True
     mapped = load_file(folder / "adapter_model.safetensors")
-    return HostAdapter(key, config, {key: _in_memory(tensor, pin) for key, tensor in mapped.items()})
+    return HostAdapter(key, config, {key: _in_memory(key, t, pin, dtype or t.dtype) for key, t in mapped.items()})
 
 
-def _in_memory(mapped: torch.Tensor, pin: bool) -> torch.Tensor:
+def _in_memory(key: str, mapped: torch.Tensor, pin: bool, dtype: torch.dtype) -> torch.Tensor:
     """A copy of a tensor that is a view of its file: read here, on a background thread, not when it is first used.
 
-    By numpy, which lets other threads run and starts none of its own, as torch would beside the engine's.
+    By numpy, or in small pieces: torch would start threads, and they compete with the engine's.
     """
-    held = torch.empty(mapped.shape, dtype=mapped.dtype, pin_memory=pin)
-    np.copyto(held.view(torch.uint8).numpy(), mapped.view(torch.uint8).numpy())
-    return held
-
-
-def cast(adapter: HostAdapter, dtype: torch.dtype) -> HostAdapter:
-    """The adapter as the device will hold it, so that on a CPU nothing is copied when it is put there.
-
-    In pieces too small for torch to start threads for, which would compete with the engine's.
-
-    Raises:
-        AdapterRefused: a value is too large for ``dtype``.
-    """
-
-    def one(key: str, tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.dtype == dtype:
-            return tensor
-        held = torch.empty(tensor.shape, dtype=dtype)
-        for to, given in zip(held.view(-1).split(_PIECE), tensor.view(-1).split(_PIECE), strict=True):
-            if not to.copy_(given).isfinite().all():
-                most = torch.finfo(dtype).max
-                raise AdapterRefused(f"tensor {key!r} holds values beyond {most:.3g}, the most of {dtype}")
+    held = torch.empty(mapped.shape, dtype=dtype, pin_memory=pin)
+    if mapped.dtype == dtype:
+        np.copyto(held.view(torch.uint8).numpy(), mapped.view(torch.uint8).numpy())
         return held
-
-    return HostAdapter(adapter.key, adapter.config, {key: one(key, tensor) for key, tensor in adapter.tensors.items()})
+    most = torch.finfo(dtype).max
+    if most < torch.finfo(mapped.dtype).max and max(mapped.numpy().max(), -mapped.numpy().min()) > most:
+        raise AdapterRefused(f"tensor {key!r} holds values beyond {most:.3g}, the most of {dtype}")
+    for to, given in zip(held.view(-1).split(_PIECE), mapped.view(-1).split(_PIECE), strict=True):
+        to.copy_(given)
+    return held

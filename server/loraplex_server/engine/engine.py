@@ -5,6 +5,7 @@ Owns the requests from the moment they are added until their last delta is hande
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import count
 from math import inf
@@ -14,7 +15,7 @@ from time import monotonic
 import torch
 
 from loraplex_server.adapters.device import DeviceAdapters
-from loraplex_server.adapters.host import HostAdapter, cast, read_adapter
+from loraplex_server.adapters.host import HostAdapter, read_adapter
 from loraplex_server.adapters.residency import Observer, Place, Residency, Unobserved
 from loraplex_server.engine.attention import KVTensors
 from loraplex_server.engine.backend import prepare
@@ -65,22 +66,22 @@ class Completion:
     finish_reason: FinishReason
 
 
-def _no_registry(key: str) -> HostAdapter:
+def _no_registry(key: str) -> AbstractContextManager[Path]:
     raise AdapterRefused(f"adapter {key!r} was never added to this engine")
 
 
 class Engine:
     """Serves requests over one base and many adapters.
 
-    ``load`` brings an adapter that is asked for by its digest to host memory (see adapters.disk.loader); without it
-    only adapters given to ``add_adapter`` are known. ``wake`` is called from another thread when a load has ended.
+    ``fetch`` brings an adapter that is asked for by its digest to a folder (see adapters.disk.folders); without it only
+    adapters given to ``add_adapter`` are known. ``wake`` is called from another thread when a load has ended.
     """
 
     def __init__(
         self,
         base: Base,
         config: EngineConfig | None = None,
-        load: Callable[[str], HostAdapter] = _no_registry,
+        fetch: Callable[[str], AbstractContextManager[Path]] = _no_registry,
         observer: Observer | None = None,
         wake: Callable[[], None] = lambda: None,
     ) -> None:
@@ -102,7 +103,7 @@ class Engine:
             self.pages, config.max_rows, config.step_tokens, config.max_waiting, self._runner.mixed
         )
         self._folders: dict[str, Path] = {}  # of adapters that were added by hand
-        self._fetch = load
+        self._fetch = fetch
         self.device = DeviceAdapters(base.model, config.max_loras, backend.lora_dtype, routing)
         self.residency = Residency(
             self.device,
@@ -238,16 +239,15 @@ class Engine:
         return self._forward_seconds * max(share, bool(share) * waiting / len(self.scheduler.running))
 
     def _load(self, key: str) -> HostAdapter:
-        folder = self._folders.get(key)
-        return self._read(key, folder) if folder else self._cast(self._fetch(key))
-
-    def _cast(self, adapter: HostAdapter) -> HostAdapter:
-        on_cpu = self.base.device.type == "cpu"  # elsewhere the device is faster than the host
-        return cast(adapter, self.backend.lora_dtype) if on_cpu else adapter
+        if folder := self._folders.get(key):
+            return self._read(key, folder)
+        with self._fetch(key) as folder:
+            return self._read(key, folder)
 
     def _read(self, key: str, folder: Path) -> HostAdapter:
-        pin = self.base.device.type == "cuda"
-        return self._cast(read_adapter(key, folder, self.base.description, self.config.max_rank, pin))
+        device = self.base.device.type
+        dtype = self.backend.lora_dtype if device == "cpu" else None  # elsewhere the device casts faster than the host
+        return read_adapter(key, folder, self.base.description, self.config.max_rank, device == "cuda", dtype)
 
     def _place(self, request: Request, failed: list[Delta]) -> Place:
         if request.adapter is None:
