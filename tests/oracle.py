@@ -1,6 +1,6 @@
 """The oracle that the engine's answers are held against: peft, `set_adapter`, then plain greedy `generate`, alone."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +14,16 @@ from loraplex_server.engine.model import load_base
 
 
 class PeftAlone:
-    """The reference: one request at a time, on a model of its own, in float32."""
+    """The reference: one request at a time, on a model of its own; in float32, unless the model is given."""
 
-    def __init__(self, base_folder: Path, adapters: Mapping[str, Path]) -> None:
-        model: Any = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32).eval()
+    def __init__(self, base_folder: Path, adapters: Mapping[str, Path], model: Any = None) -> None:
+        model = model or AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
         for name, folder in adapters.items():
             if isinstance(model, PeftModel):
                 model.load_adapter(folder, name)
             else:
                 model = PeftModel.from_pretrained(model, folder, adapter_name=name)
-        self.model = model
+        self.model = model.eval()
         self.known: dict[tuple, list[int]] = {}
 
     def answer(self, prompt_ids: list[int], adapter: str | None, max_tokens: int = 20) -> list[int]:
@@ -37,6 +37,19 @@ class PeftAlone:
                 with self.model.disable_adapter():
                     self.known[key] = self._generate(prompt_ids, max_tokens)
         return self.known[key]
+
+    def answers(self, prompts: Sequence[str], adapters: Sequence[str | None], tokenizer: Any) -> list[list[int]]:
+        """The greedy answers to some prompts, each of its adapter."""
+        return [self.answer(tokenizer(prompt).input_ids, a) for prompt, a in zip(prompts, adapters, strict=True)]
+
+    @torch.no_grad()
+    def logits(self, ids: list[int], adapter: str | None) -> torch.Tensor:
+        """Of the token after ``ids``, without a cache: (vocabulary,)."""
+        if adapter is None:
+            with self.model.disable_adapter():
+                return self.model(input_ids=torch.tensor([ids])).logits[0, -1]
+        self.model.set_adapter(adapter, inference_mode=True)
+        return self.model(input_ids=torch.tensor([ids])).logits[0, -1]
 
     def _generate(self, prompt_ids: list[int], max_tokens: int) -> list[int]:
         ids = torch.tensor([prompt_ids])

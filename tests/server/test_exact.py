@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from oracle import PeftAlone, engine_for
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, make_adapter, make_base
-from transformers import AutoModelForCausalLM
 
 from loraplex_server.engine.config import EngineConfig
 from loraplex_server.engine.engine import Engine
@@ -24,66 +23,9 @@ PROMPTS = ["the quick", "again and again and again: the lazy brown dog jumps ove
 GREEDY = SamplingParams(max_tokens=20, temperature=0)
 
 
-class PeftAlone:
-    """The reference: one request at a time, on a model of its own."""
-
-    def __init__(self, base_folder, adapters, model=None) -> None:
-        model = model or AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
-        for name, folder in adapters.items():
-            if isinstance(model, PeftModel):
-                model.load_adapter(folder, name)
-            else:
-                model = PeftModel.from_pretrained(model, folder, adapter_name=name)
-        self.model = model.eval()
-        self.known = {}
-
-    def answer(self, prompt_ids, adapter, max_tokens=20) -> list[int]:
-        key = (tuple(prompt_ids), adapter, max_tokens)
-        if key not in self.known:
-            if adapter:
-                self.model.set_adapter(adapter, inference_mode=True)
-                self.known[key] = self._generate(prompt_ids, max_tokens)
-            else:
-                with self.model.disable_adapter():
-                    self.known[key] = self._generate(prompt_ids, max_tokens)
-        return self.known[key]
-
-    def answers(self, prompts, adapters, tokenizer) -> list[list[int]]:
-        return [self.answer(tokenizer(prompt).input_ids, a) for prompt, a in zip(prompts, adapters, strict=True)]
-
-    @torch.no_grad()
-    def logits(self, ids, adapter) -> torch.Tensor:
-        """Of the token after ``ids``, without a cache."""
-        if adapter is None:
-            with self.model.disable_adapter():
-                return self.model(input_ids=torch.tensor([ids])).logits[0, -1]
-        self.model.set_adapter(adapter, inference_mode=True)
-        return self.model(input_ids=torch.tensor([ids])).logits[0, -1]
-
-    def _generate(self, prompt_ids, max_tokens) -> list[int]:
-        ids = torch.tensor([prompt_ids])
-        out = self.model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=max_tokens,
-            do_sample=False,
-            pad_token_id=1,
-        )
-        answer = out[0, len(prompt_ids) :].tolist()
-        return answer[: answer.index(0)] if 0 in answer else answer
-
-
 @pytest.fixture(scope="module")
 def alone(base_folder, adapter_folders) -> PeftAlone:
     return PeftAlone(base_folder, adapter_folders)
-
-
-def engine_for(base_folder, adapters, **config) -> Engine:
-    base = load_base(str(base_folder), quantization="none", device="cpu", dtype="float32")
-    engine = Engine(base, EngineConfig(**config))
-    for name, folder in adapters.items():
-        engine.add_adapter(name, folder)
-    return engine
 
 
 def watch_logits(engine) -> list[tuple[list[int], str | None, torch.Tensor]]:
