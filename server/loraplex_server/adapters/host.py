@@ -47,7 +47,7 @@ def read_adapter(
         AdapterRefused: it is not a LoRA adapter this server can use whole on this base; the message says why.
     """
     try:
-        check_adapter(folder, base, Limits(max_rank=max_rank))
+        check_adapter(folder, base, Limits(max_rank=max_rank), files=())  # their digests are not asked for
     except InvalidAdapter as error:
         raise AdapterRefused(str(error)) from error
     config = LoraConfig.from_pretrained(str(folder))
