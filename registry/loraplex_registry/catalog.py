@@ -7,7 +7,7 @@ import difflib
 import os
 import sqlite3
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -23,6 +23,7 @@ from .errors import (
     NotFound,
     NothingToRollBack,
     RegistryError,
+    RequirementNotMet,
     StoreUnavailable,
     UnknownAdapter,
     UnknownAlias,
@@ -30,6 +31,7 @@ from .errors import (
     UnknownVersion,
 )
 from .manifest import BaseRef
+from .query import NUMBERS, SIGNS, Comparison, Field
 from .reference import Reference
 from .version import AliasMove, Version, previous_target
 
@@ -146,6 +148,15 @@ class Catalog:
         with self._read() as db:
             return [_version(row) for row in db.execute(_SELECT.order_by(_versions.c.name, _versions.c.number))]
 
+    def search(self, terms: Sequence[Comparison | Field], key: str, highest: bool, limit: int) -> list[Version]:
+        """At most ``limit`` versions for which all terms hold, sorted by a key; those that lack it come last."""
+        words = {"name": _versions.c.name, "created": _versions.c.created_at}
+        column = words[key] if key in words else _column(key)
+        order = sa.nulls_last(column.desc() if highest else column.asc())
+        found = _SELECT.where(*map(_holds, terms)).order_by(order, _versions.c.name, _versions.c.number.desc())
+        with self._read() as db:
+            return [_version(row) for row in db.execute(found.limit(limit))]
+
     def aliases(self) -> dict[str, dict[str, int]]:
         """Where every alias points: name → alias → version number."""
         found: dict[str, dict[str, int]] = {}
@@ -172,10 +183,14 @@ class Catalog:
             db.execute(_versions.insert().values(_row(version)))
         return version
 
-    def promote(self, ref: Reference, alias: str, who: str, reason: str) -> AliasMove:
-        """Point an alias at what the reference stands for. Raises NotFound."""
+    def promote(
+        self, ref: Reference, alias: str, who: str, reason: str, require: Sequence[Comparison] = ()
+    ) -> AliasMove:
+        """Point an alias at what the reference stands for. Raises NotFound, RequirementNotMet."""
         with self._write() as db:
             target = self._resolve(db, ref)
+            if unmet := [_unmet(target, one) for one in require if not one.holds(target)]:
+                raise RequirementNotMet(f"{target.name}@{alias} does not move to {target}: {', '.join(unmet)}")
             return self._move(db, target.name, alias, target.number, who, reason, "promote")
 
     def rollback(self, name: str, alias: str, to: int | None, who: str, reason: str) -> AliasMove:
@@ -268,6 +283,47 @@ def _condition(ref: Reference) -> tuple[sa.ColumnElement[bool], ...]:
     newest = sa.select(sa.func.max(_versions.c.number).label("n")).where(_versions.c.name == ref.name)
     # The inner select must not be correlated with the outer one: it looks at all versions of the name.
     return (_versions.c.number == sa.func.coalesce(pointed, newest.correlate(None).scalar_subquery()),)
+
+
+def _unmet(version: Version, required: Comparison) -> str:
+    own = required.of(version)
+    if own is not None:
+        return f"{required} is required, and it has {own:g}"
+    known = ", ".join(version.metrics) or "none"
+    return f"{required} is required, and it has no {required.key} (its metrics are {known})"
+
+
+def _column(key: str) -> sa.ColumnElement[Any]:
+    """What NUMBERS, or else a metric, are of a version."""
+    numbers: dict[str, sa.ColumnElement[Any]] = {
+        "rank": _versions.c.rank,
+        "bytes": _versions.c.bytes,
+        "version": _versions.c.number,
+    }
+    assert tuple(numbers) == NUMBERS
+    return numbers[key] if key in numbers else _versions.c.metrics[key].as_float()
+
+
+def _holds(term: Comparison | Field) -> sa.ColumnElement[bool]:
+    if isinstance(term, Comparison):
+        return SIGNS[term.sign](_column(term.key), term.number)
+    text = term.text
+    match term.field:
+        case None:
+            places = (_versions.c.name, _versions.c.message)
+            return sa.or_(*(place.icontains(text, autoescape=True) for place in places))
+        case "alias":
+            named = sa.select(_aliases.c.number).where(
+                _aliases.c.name == _versions.c.name, _aliases.c.number == _versions.c.number, _aliases.c.alias == text
+            )
+            return named.exists()
+        case "target":
+            return sa.cast(_versions.c.targets, sa.Text).contains(f'"{text}"', autoescape=True)
+        case "digest" | "parent":
+            digest = _versions.c.digest if term.field == "digest" else _versions.c.parent
+            return digest.startswith("sha256:" + text.removeprefix("sha256:"), autoescape=True)
+    column = {"name": _versions.c.name, "base": _versions.c.base_id, "by": _versions.c.created_by}[term.field]
+    return column.icontains(text, autoescape=True)
 
 
 def _version(row: sa.Row[Any]) -> Version:

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from .errors import InvalidAdapter, RegistryError, StoreUnavailable
 from .reference import HubReference, Reference, check_name, parse_alias
-from .registry import Registry
+from .registry import SEARCH_LIMIT, Registry
 from .remote import RemoteRegistry, open_registry
 from .version import AliasMove, Fault, Version
 from .wire import dump
@@ -115,10 +115,11 @@ def push(name: str, folder: str | None, base: str | None, message: str) -> None:
 @click.argument("ref")
 @click.option("--to", "alias", required=True, metavar="ALIAS", help="The alias to move, for instance production.")
 @click.option("--reason", default="", help="Why, for the ledger.")
-def promote(ref: str, alias: str, reason: str) -> None:
+@click.option("--require", multiple=True, metavar="COMPARISON", help="What must hold, as 'f1>=0.9'. Repeatable.")
+def promote(ref: str, alias: str, reason: str, require: tuple[str, ...]) -> None:
     """Point an alias at a version."""
     with opened() as registry:
-        _say_move(registry.promote(ref, alias, reason))
+        _say_move(registry.promote(ref, alias, reason, require=require))
 
 
 @verb
@@ -171,14 +172,32 @@ def versions(name: str, style: str) -> None:
     """All versions of NAME, newest first."""
     with opened() as registry:
         found = registry.versions(name)[::-1]
-    if style == "json":
-        _print_json([_plain(version) for version in found])
-        return
-    table = _table("version", "aliases", "base", "rank", "size", "metrics", "pushed", "by", "message", "digest")
-    for version in found:
-        row = (str(version), ", ".join(version.aliases), *_facts(version), _when(version), version.created_by)
-        table.add_row(*row, version.message, version.digest[:19])
-    _print(table)
+    _print_versions(found, style)
+
+
+@verb
+@click.argument("terms", nargs=-1, metavar="[TERM]...")
+@click.option(
+    "--sort",
+    default="-created",
+    metavar="KEY",
+    help="-KEY: the highest first.",
+)
+@click.option("--limit", default=50, type=click.IntRange(1, SEARCH_LIMIT), help="The most that are shown.")
+@output_format
+def search(terms: tuple[str, ...], sort: str, limit: int, style: str) -> None:
+    """Versions of any adapter for which every TERM holds.
+
+    'f1>=0.9' or 'rank<=16' compares; base:tinyllama, name:, alias:production, target:q_proj, by:, digest: and parent:
+    look at a field; any other word is looked for in names and messages. KEY: a metric, rank, bytes, version, name or
+    created.
+    """
+    with opened() as registry:
+        found = registry.search(" ".join(terms), sort, limit)
+    if not found and style == "table":
+        click.echo("no version matches")
+    else:
+        _print_versions(found, style)
 
 
 @verb
@@ -329,6 +348,17 @@ def _say_move(move: AliasMove) -> None:
     else:
         before = f"{move.name}:{move.from_number} → " if move.from_number else ""
         click.echo(f"{move}: {before}{move.name}:{move.to_number}")
+
+
+def _print_versions(found: list[Version], style: str) -> None:
+    if style == "json":
+        _print_json([_plain(version) for version in found])
+        return
+    table = _table("version", "aliases", "base", "rank", "size", "metrics", "pushed", "by", "message", "digest")
+    for version in found:
+        row = (str(version), ", ".join(version.aliases), *_facts(version), _when(version), version.created_by)
+        table.add_row(*row, version.message, version.digest[:19])
+    _print(table)
 
 
 def _facts(version: Version) -> tuple[str, str, str, str]:

@@ -4,7 +4,9 @@
     ├── InvalidReference (ValueError)        a name that cannot name anything
     ├── InvalidManifest (ValueError)         a manifest or receipt that does not say what it must
     ├── InvalidAdapter (ValueError)          an adapter that is refused; .reasons lists why
+    ├── InvalidQuery (ValueError)            a search that cannot be read
     ├── NothingToRollBack (ValueError)       an alias without an earlier target
+    ├── RequirementNotMet (ValueError)       a version that lacks what its promotion requires
     ├── NotFound (LookupError)               .ref, .nearest
     │   ├── UnknownAdapter
     │   ├── UnknownVersion
@@ -54,6 +56,14 @@ class InvalidAdapter(RegistryError, ValueError):
 
 class NothingToRollBack(RegistryError, ValueError):
     code = "nothing_to_roll_back"
+
+
+class InvalidQuery(RegistryError, ValueError):
+    code = "invalid_query"
+
+
+class RequirementNotMet(RegistryError, ValueError):
+    code = "requirement_not_met"
 
 
 class InvalidRequest(RegistryError, ValueError):

@@ -22,7 +22,7 @@ from . import errors
 from .errors import RegistryError
 from .manifest import FileEntry
 from .reference import Reference, check_digest, check_name, parse_alias
-from .registry import Registry, writing
+from .registry import SEARCH_LIMIT, Registry, writing
 from .uploads import Upload, forget, gather
 from .version import AliasMove, Fault, Version
 from .wire import Proposal, dump, dump_error, load
@@ -32,11 +32,13 @@ OPEN_PATHS = ("/health", "/ready")
 STATUSES: dict[type[RegistryError], int] = {
     errors.InvalidReference: 400,
     errors.InvalidRequest: 400,
+    errors.InvalidQuery: 400,
     errors.InvalidManifest: 400,
     errors.Unauthorized: 401,
     errors.NotFound: 404,
     errors.MissingBlobs: 409,
     errors.NothingToRollBack: 409,
+    errors.RequirementNotMet: 409,
     errors.TooLarge: 413,
     errors.InvalidAdapter: 422,
     errors.CorruptBlob: 422,
@@ -53,6 +55,7 @@ def create_app(registry: Registry, tokens: dict[str, str] | None = None) -> Star
             Route("/v1/adapters", list_adapters),
             Route("/v1/adapters/{name:path}/versions", list_versions),
             Route("/v1/adapters/{name:path}/versions", push, methods=["POST"]),
+            Route("/v1/search", search),
             Route("/v1/resolve", resolve),
             Route("/v1/history", history),
             Route("/v1/verify", verify),
@@ -116,6 +119,16 @@ def list_versions(request: Request) -> Response:
     return JSONResponse({"data": dump(list[Version], _registry(request).versions(request.path_params["name"]))})
 
 
+def search(request: Request) -> Response:
+    asked = request.query_params
+    try:
+        limit = int(asked.get("limit", SEARCH_LIMIT))
+    except ValueError as error:
+        raise errors.InvalidRequest(f"limit is {asked['limit']!r}, expected a number", "limit") from error
+    found = _registry(request).search(asked.get("q", ""), asked.get("sort", "-created"), limit)
+    return JSONResponse({"data": dump(list[Version], found)})
+
+
 def resolve(request: Request) -> Response:
     return JSONResponse(dump(Version, _registry(request).resolve(_query(request, "ref"))))
 
@@ -172,9 +185,12 @@ def _publish(registry: Registry, name: str, proposal: Proposal, who: str) -> Ver
 
 
 async def promote(request: Request) -> Response:
-    body = _fields(await _json(request), {"ref": str, "to": str}, {"reason": str})
-    registry = _registry(request)
-    move = await run_sync(lambda: registry.promote(body["ref"], body["to"], body.get("reason", ""), who=_who(request)))
+    body = _fields(await _json(request), {"ref": str, "to": str}, {"reason": str, "require": list})
+    registry, require = _registry(request), body.get("require", [])
+    if wrong := next((one for one in require if not isinstance(one, str)), None):
+        raise errors.InvalidRequest(f"field 'require' holds {wrong!r}, expected comparisons like 'f1>=0.9'", "require")
+    reason, who = body.get("reason", ""), _who(request)
+    move = await run_sync(lambda: registry.promote(body["ref"], body["to"], reason, require=require, who=who))
     return JSONResponse(dump(AliasMove, move))
 
 

@@ -6,7 +6,7 @@ can read all it names. Knows no HTTP.
 
 import getpass
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -20,14 +20,16 @@ from .adapter_config import read_config
 from .base import BaseDescription, describe_base
 from .blobs import BlobStore, Progress, materialize, read_chunks, silent, write_durably
 from .catalog import Catalog
-from .errors import BaseNotFound, InvalidAdapter, InvalidManifest, RegistryError, StoreUnavailable
+from .errors import BaseNotFound, InvalidAdapter, InvalidManifest, InvalidQuery, RegistryError, StoreUnavailable
 from .manifest import BaseRef, FileEntry, Manifest
+from .query import Comparison, parse_query, parse_sort
 from .receipt import Receipt
 from .reference import Reference, check_alias, check_digest, check_name, parse_alias
 from .validate import CheckedAdapter, Limits, adapter_files, check_adapter
 from .version import AliasMove, Fault, Version
 
 MESSAGE_CHARACTERS = 4096
+SEARCH_LIMIT = 1000
 MANIFEST = "manifest.json"  # how errors and faults call the manifest; it is stored by its digest
 
 
@@ -137,10 +139,33 @@ class Registry:
         """Where every alias points: name → alias → version number."""
         return self.catalog.aliases()
 
-    def promote(self, ref: str | Reference, to: str, reason: str = "", *, who: str | None = None) -> AliasMove:
-        """Point the alias `to` at a version and write it in the ledger. Raises InvalidReference, NotFound."""
+    def search(self, query: str = "", sort: str = "-created", limit: int = SEARCH_LIMIT) -> "list[Version]":
+        """The versions for which every term of the query holds (see query.py), at most `limit`.
+
+        `sort` is a key, or `-` and a key for the highest first; versions without it come last. Raises InvalidQuery.
+        """
+        if not 1 <= limit <= SEARCH_LIMIT:
+            raise InvalidQuery(f"limit is {limit}, expected 1 to {SEARCH_LIMIT:,}")
+        return self.catalog.search(parse_query(query), *parse_sort(sort), limit)
+
+    def promote(
+        self,
+        ref: str | Reference,
+        to: str,
+        reason: str = "",
+        *,
+        require: Sequence[str] = (),
+        who: str | None = None,
+    ) -> AliasMove:
+        """Point the alias `to` at a version and write it in the ledger.
+
+        `require` are comparisons that must hold for the version (`f1>=0.9`); the ledger's reason names them. Raises
+        InvalidReference, InvalidQuery, NotFound, RequirementNotMet.
+        """
+        required = tuple(map(Comparison.parse, require))
+        why = "; ".join(filter(None, [reason, f"required {', '.join(map(str, required))}" if required else ""]))
         with writing(self.root):
-            return self.catalog.promote(_reference(ref), check_alias(to), who or whoami(), reason)
+            return self.catalog.promote(_reference(ref), check_alias(to), who or whoami(), why, required)
 
     def rollback(self, ref: str, to: int | None = None, reason: str = "", *, who: str | None = None) -> AliasMove:
         """Point `name@alias` at its previous target, or at version `to`; the ledger gets a row.

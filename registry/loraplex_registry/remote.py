@@ -4,7 +4,7 @@ Trusts no bytes: manifests and files are proven by their digests here. Knows the
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -17,7 +17,7 @@ from .blobs import Progress, materialize, proven, read_chunks, silent
 from .errors import CorruptBlob, InvalidRequest, MissingBlobs, RemoteError, UnknownDigest
 from .manifest import CHUNK_BYTES, FileEntry, Manifest, sha256_of
 from .reference import Reference, check_alias, check_digest, check_name, parse_alias
-from .registry import MANIFEST, Registry, find_base
+from .registry import MANIFEST, SEARCH_LIMIT, Registry, find_base
 from .validate import Limits, adapter_files, check_adapter
 from .version import AliasMove, Fault, Version
 from .wire import Proposal, dump, load, load_error
@@ -84,8 +84,13 @@ class RemoteRegistry:
     def aliases(self) -> dict[str, dict[str, int]]:
         return _load(dict[str, dict[str, int]], self._ask("GET", "/v1/adapters", key="aliases"))
 
-    def promote(self, ref: str | Reference, to: str, reason: str = "") -> AliasMove:
-        return _load(AliasMove, self._ask("POST", "/v1/promote", json={"ref": str(ref), "to": to, "reason": reason}))
+    def search(self, query: str = "", sort: str = "-created", limit: int = SEARCH_LIMIT) -> "list[Version]":
+        params = {"q": query, "sort": sort, "limit": limit}
+        return _load(_Versions, self._ask("GET", "/v1/search", params=params, key="data"))
+
+    def promote(self, ref: str | Reference, to: str, reason: str = "", *, require: Sequence[str] = ()) -> AliasMove:
+        body = {"ref": str(ref), "to": to, "reason": reason, "require": list(require)}
+        return _load(AliasMove, self._ask("POST", "/v1/promote", json=body))
 
     def rollback(self, ref: str, to: int | None = None, reason: str = "") -> AliasMove:
         parse_alias(ref)
@@ -165,7 +170,7 @@ class RemoteRegistry:
             return RemoteError(f"the registry at {self.url} answered {response.status_code} {response.reason_phrase}")
 
 
-_Moves, _Faults = list[AliasMove], list[Fault]  # the class has a method called list
+_Moves, _Faults, _Versions = list[AliasMove], list[Fault], list[Version]  # the class has a method called list
 
 
 def open_registry(where: str | Path | None = None) -> Registry | RemoteRegistry:

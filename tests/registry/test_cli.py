@@ -49,6 +49,23 @@ def trained(run, base, tmp_path):
     return Adapter().write(tmp_path / "work" / "adapters" / "quotes-tagger", make_receipt(base))
 
 
+def test_search_and_a_required_metric(run, trained, tmp_path):
+    run("push", "quotes-tagger"), run("push", "quotes-tagger", tmp_path / "second")
+    refused = run("promote", "quotes-tagger:1", "--to", "production", "--require", "tag_f1>=0.9")
+    assert (refused.code, refused.out) == (1, "")
+    assert refused.err == (
+        "error: quotes-tagger@production does not move to quotes-tagger:1: tag_f1>=0.9 is required, and it has 0.75\n"
+    )
+    head, *rows = run("search", "tag_f1>=0.7", "base:tiny", "--sort", "-rank").out.splitlines()
+    assert head.split()[:2] == ["version", "aliases"]
+    assert [row.split()[0] for row in rows] == ["quotes-tagger:2", "quotes-tagger:1"]
+    found = json.loads(run("search", "rank<8", "--format", "json").out)
+    assert [version["number"] for version in found] == [1]
+    assert run("search", "zebra").out == "no version matches\n"
+    wrong = run("search", "f1>>1")
+    assert (wrong.code, wrong.err.startswith("error: 'f1>>1' is not a comparison")) == (1, True)
+
+
 def test_an_empty_registry_says_what_to_do(run):
     answer = run("list")
     assert answer.code == 0

@@ -9,8 +9,10 @@ from loraplex_registry.errors import (
     CorruptBlob,
     FolderNotEmpty,
     InvalidAdapter,
+    InvalidQuery,
     InvalidReference,
     NothingToRollBack,
+    RequirementNotMet,
     UnknownAdapter,
     UnknownAlias,
     UnknownDigest,
@@ -183,6 +185,113 @@ def test_moves_that_cannot_be(push, registry):
     with pytest.raises(UnknownVersion):
         registry.rollback("quotes-tagger@production", to=9)
     assert len(registry.history("quotes-tagger", "production")) == 1
+
+
+def test_a_promotion_may_require_what_the_version_must_have(push, registry):
+    push()  # tag_f1 0.75, stop_rate 1
+    move = registry.promote("quotes-tagger:1", "production", "it works", require=["tag_f1>=0.7", "rank<=8"])
+    assert move.reason == "it works; required tag_f1>=0.7, rank<=8"
+    push(seed=1)
+    with pytest.raises(RequirementNotMet, match=r"quotes-tagger:2: tag_f1>0\.75 is required, and it has 0\.75$"):
+        registry.promote("quotes-tagger:2", "production", require=["rank=4", "tag_f1>0.75"])
+    with pytest.raises(RequirementNotMet, match=r"f1>=0\.1 is required, and it has no f1 \(its metrics are .*tag_f1"):
+        registry.promote("quotes-tagger:2", "production", require=["f1>=0.1"])
+    with pytest.raises(InvalidQuery, match="'better' is not a comparison: expected for instance"):
+        registry.promote("quotes-tagger:2", "production", require=["better"])
+    assert [m.to_number for m in registry.history("quotes-tagger", "production")] == [1]
+
+
+# --- search ---
+
+
+@pytest.fixture
+def many(registry, base, tmp_path):
+    """a:1 and a:2 and ns/b:1, with other metrics, ranks, targets and messages."""
+    made = [
+        ("a", 4, {"f1": 0.5}, "the first"),
+        ("a", 8, {"f1": 0.9, "eval/loss": 2}, "50% better"),
+        ("ns/b", 4, {}, "other"),
+    ]
+    for seed, (name, rank, metrics, message) in enumerate(made):
+        targets = ("q_proj",) if name == "ns/b" else ("up_proj", "down_proj")
+        receipt = make_receipt(base, metrics=metrics)
+        folder = Adapter(rank=rank, seed=seed, targets=targets).write(tmp_path / f"many-{seed}", receipt)
+        registry.push(name, folder, message=message)
+    registry.promote("a:1", "production")
+    return registry
+
+
+@pytest.mark.parametrize(
+    ("query", "found"),
+    [
+        ("", ["ns/b:1", "a:2", "a:1"]),
+        ("f1>0.5", ["a:2"]),
+        ("f1>=0.5", ["a:2", "a:1"]),
+        ("f1!=0.5", ["a:2"]),
+        ("f1=0.5 rank<8", ["a:1"]),
+        ("eval/loss<3", ["a:2"]),
+        ("rank=4", ["ns/b:1", "a:1"]),
+        ("version=2", ["a:2"]),
+        ("bytes>1e9", []),
+        ("base:TINY", ["ns/b:1", "a:2", "a:1"]),
+        ("base:llama", []),
+        ("alias:production", ["a:1"]),
+        ("alias:prod", []),
+        ("target:q_proj", ["ns/b:1"]),
+        ("target:proj", []),
+        ("name:NS/", ["ns/b:1"]),
+        ("FIRST", ["a:1"]),
+        ("50%", ["a:2"]),
+        ("5_%", []),
+        ("the f1>0", ["a:1"]),
+        ("digest:zz", []),
+    ],
+)
+def test_a_search_finds_the_versions_for_which_all_terms_hold(many, query, found):
+    assert [str(version) for version in many.search(query)] == found
+
+
+def test_a_search_by_digest_parent_and_author(many, base, tmp_path):
+    first = many.resolve("a:1")
+    for text in (first.digest, first.digest[:20], first.digest[7:15]):
+        assert many.search(f"digest:{text}") == [first]
+    assert len(many.search(f"by:{first.created_by[:3].upper()}")) == 3
+    receipt = make_receipt(base, parent={"name": "a", "version": 1, "digest": first.digest})
+    child = many.push("child", Adapter(seed=9).write(tmp_path / "child", receipt))
+    assert [v.digest for v in many.search(f"parent:{first.digest[7:20]}")] == [child.digest]
+
+
+@pytest.mark.parametrize(
+    ("sort", "found"),
+    [
+        ("f1", ["a:1", "a:2", "ns/b:1"]),  # who lacks it comes last, whichever way
+        ("-f1", ["a:2", "a:1", "ns/b:1"]),
+        ("name", ["a:2", "a:1", "ns/b:1"]),
+        ("-rank", ["a:2", "a:1", "ns/b:1"]),
+        ("created", ["a:1", "a:2", "ns/b:1"]),
+    ],
+)
+def test_a_search_is_sorted_and_bounded(many, sort, found):
+    assert [str(version) for version in many.search("", sort)] == found
+    assert [str(version) for version in many.search("", sort, limit=2)] == found[:2]
+
+
+@pytest.mark.parametrize(
+    ("query", "sort", "limit", "said"),
+    [
+        ("f1>=high", "name", 10, "'f1>=high' is not a comparison: expected for instance f1>=0.9"),
+        (">=1", "name", 10, "'>=1' is not a comparison"),
+        ("owner:me", "name", 10, "'owner:me' asks for a field that there is not: expected comparisons"),
+        ("x " * 51, "name", 10, "the query has 51 terms, at most 50 are taken"),
+        ("", "a b", 10, "sort is 'a b', expected a metric"),
+        ("", "name", 0, "limit is 0, expected 1 to 1,000"),
+        ("", "name", 1001, "limit is 1001, expected 1 to 1,000"),
+    ],
+)
+def test_a_search_that_cannot_be_read(registry, query, sort, limit, said):
+    with pytest.raises(InvalidQuery) as caught:
+        registry.search(query, sort, limit)
+    assert said in str(caught.value)
 
 
 # --- content ---

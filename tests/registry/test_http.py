@@ -59,6 +59,8 @@ def upload(http, folder):
         ("/v1/resolve?ref=none", 404, "adapter_not_found", "ref"),
         ("/v1/resolve?ref=NOT%20ONE", 400, "invalid_reference", None),
         ("/v1/resolve", 400, "invalid_request", "ref"),
+        ("/v1/search?q=a:b", 400, "invalid_query", None),
+        ("/v1/search?limit=many", 400, "invalid_request", "limit"),
         ("/v1/adapters/none/versions", 404, "adapter_not_found", "ref"),
         ("/v1/history?ref=none", 400, "invalid_reference", None),
         ("/v1/blobs/sha256:" + "0" * 64, 404, "digest_not_found", "ref"),
@@ -86,6 +88,8 @@ def test_errors_have_openais_shape(http, route, status, code, param):
         (b'{"ref": 1, "to": "x"}', "ref"),
         (b'{"ref": "a", "to": "x", "more": 1}', "more"),
         (b'{"ref": "a", "to": null}', "to"),
+        (b'{"ref": "a", "to": "x", "require": "f1>1"}', "require"),
+        (b'{"ref": "a", "to": "x", "require": [1]}', "require"),
     ],
 )
 def test_bodies_that_cannot_be_read(http, body, param):
