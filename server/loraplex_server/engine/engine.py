@@ -134,6 +134,7 @@ class Engine:
         self._detokenizers: dict[str, Detokenizer] = {}
         self._ids = count()
         self._forward_seconds = 0.0  # of the last step
+        self._install_left = 0.0  # seconds, of this step
 
     @property
     def has_work(self) -> bool:
@@ -207,8 +208,9 @@ class Engine:
     def step(self) -> list[Delta]:
         """Compute some tokens of some requests; a request whose adapter or forward failed ends with its error."""
         failed: list[Delta] = []
+        self._install_left = self._install_seconds()
         batch = self.scheduler.schedule(lambda request: self._place(request, failed), self._pin, self._release)
-        self.residency.install(self._install_seconds() if batch else inf)
+        self._install()
         if batch is None:
             return failed
         started = monotonic()
@@ -246,10 +248,18 @@ class Engine:
         return [Completion(texts[r.id], r.output_ids, r.finish_reason or FinishReason.ERROR) for r in requests]
 
     def _install_seconds(self) -> float:
-        """How long the next adapter may be worked on before this step; longer if many wait for one and few run."""
+        """How long adapters may be worked on before this step; longer if many wait for one and few run."""
+        if not self.scheduler.running:
+            return inf
         on_device, share = set(self.residency.on_device), self.config.install_share
         waiting = sum(r.adapter is not None and r.adapter not in on_device for r in self.scheduler.waiting)
         return self._forward_seconds * max(share, bool(share) * waiting / len(self.scheduler.running))
+
+    def _install(self) -> None:
+        """Go on with the adapter on its way to the device for what is left of the share, one module at least."""
+        started = monotonic()
+        self.residency.install(self._install_left)
+        self._install_left -= monotonic() - started
 
     def _load(self, key: str) -> HostAdapter:
         if folder := self._folders.get(key):
@@ -266,7 +276,11 @@ class Engine:
         if request.adapter is None:
             return Place.READY
         try:
-            return self.residency.want(request.adapter)
+            place = self.residency.want(request.adapter)
+            if place is Place.LOADING and self._install_left > 0:  # it may well be done in time for this step
+                self._install()
+                place = self.residency.want(request.adapter)
+            return place
         except Exception as error:  # whatever the registry or the file had to say is this request's answer
             failed.append(self._fail(request, error))
             return Place.LOADING
