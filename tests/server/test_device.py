@@ -2,10 +2,12 @@
 
 import gc
 import itertools
+import os
 import shutil
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from math import inf
 from pathlib import Path
 
@@ -363,6 +365,35 @@ def test_who_runs_goes_on_while_another_s_adapter_is_put_on_the_device(base_fold
     assert engine.generate(["the quick"], params, "red")[0].token_ids == red.output_ids
     assert engine.generate(["the quick"], params, "green")[0].token_ids == green.output_ids
     assert green.output_ids != red.output_ids
+
+
+def test_an_adapter_that_is_put_on_the_device_in_time_runs_in_the_step_that_asked_for_it(base_folder, adapter_folders):
+    base = load_base(str(base_folder), quantization="none", device="cpu", dtype="float32")
+    engine = Engine(base, EngineConfig(install_share=1e6))
+    for name in ("red", "green"):
+        engine.add_adapter(name, adapter_folders[name])
+    params = SamplingParams(max_tokens=9, temperature=0, logit_bias={0: -100})
+    ids = base.tokenizer("the quick").input_ids
+    runs, red, green = (Request(str(name), ids, params, name) for name in (None, "red", "green"))
+    engine.add(runs)
+    engine.step()
+    engine.add(red), engine.add(green)
+    assert {delta.request for delta in engine.step()} == {runs, red, green}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere niceness is the process's")
+def test_a_load_stands_back_behind_the_engine_s_threads(base_folder, adapter_folders):
+    niceness = []
+
+    def fetch(key):
+        niceness.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+        return nullcontext(adapter_folders[key])
+
+    base = load_base(str(base_folder), quantization="none", device="cpu", dtype="float32")
+    own = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    Engine(base, fetch=fetch).generate(["the quick"], SamplingParams(max_tokens=1), "red")
+    assert niceness == [10]
+    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == own
 
 
 def test_an_adapter_added_by_hand_comes_back_after_it_left_host_memory(base_folder, adapter_folders):
