@@ -29,75 +29,106 @@ enum { CHUNK = TILE * DEPTH };  // values in a chunk of h
 
 static int chunks_of(const Lora *lora, long run) { return (lora->ranks[lora->runs[run].slot] + DEPTH - 1) / DEPTH; }
 
-// h of `ranks` ranks of a run from one on, at most RANKS; the others of RANKS are 0. a: their rows of A.
-static void shrink(uint16_t *h, Run run, const uint16_t *a, int ranks, float scaling, const uint16_t *x, long inputs, int width) {
+// Some ranks of a run, at most RANKS of them: their rows of A, and where their h goes.
+typedef struct { const uint16_t *a; uint16_t *h; Run run; int ranks; } Part;
+
+static long list_parts(Part *parts, const Lora *lora, long first, long last, long inputs) {
+    long count = 0;
+    for (long i = first; i < last; i++) {
+        Run run = lora->runs[i];
+        long ranks = lora->ranks[run.slot], room = chunks_of(lora, i) * DEPTH;  // h of the ranks that are missing is 0
+        for (long rank = 0; rank < room; rank += RANKS)
+            parts[count++] = (Part){
+                (const uint16_t *)lora->a[run.slot] + rank * inputs, lora->h + i * lora->chunks * CHUNK + rank * TILE, run,
+                ranks <= rank ? 0 : ranks - rank < RANKS ? ranks - rank : RANKS};
+    }
+    return count;
+}
+
+// h of up to four parts with as many ranks each, all of one tile of tokens, x.
+static void shrink(const Lora *lora, const Part *parts, int count, const uint16_t *x, long inputs, int width) {
     _Alignas(64) float sums[4][RANKS * TILE] = {0};
-    if (ranks) {
-        long stride = inputs * 2, step = TILE * 2 * width, depth = 0;
-        shape_tiles(ranks, width);
+    if (parts->ranks) {
+        long stride = inputs * 2;
+        shape_tiles(parts->ranks, width);
         zero_sums();
-        for (; depth + 4 * DEPTH <= inputs; depth += 4 * DEPTH, x += 4 * step) {  // four sums: each need not wait for the last
-            for (int rank = 0; rank < ranks; rank++)
-                for (int next = SOON; next < SOON + 4 * DEPTH; next += DEPTH)
-                    _mm_prefetch(a + rank * inputs + depth + next, _MM_HINT_T0);
-            _tile_loadd(4, a + depth, stride);
+        for (long depth = 0; depth < inputs; depth += DEPTH, x += TILE * 2 * width) {
+            for (int i = 0; i < count; i++)
+                for (int rank = 0; rank < parts->ranks; rank++)
+                    _mm_prefetch(parts[i].a + rank * inputs + depth + SOON, _MM_HINT_T0);
             _tile_loadd(6, x, 4 * width);
+            _tile_loadd(4, parts[0].a + depth, stride);
             _tile_dpbf16ps(0, 4, 6);
-            _tile_loadd(5, a + depth + DEPTH, stride);
-            _tile_loadd(7, x + step, 4 * width);
-            _tile_dpbf16ps(1, 5, 7);
-            _tile_loadd(4, a + depth + 2 * DEPTH, stride);
-            _tile_loadd(6, x + 2 * step, 4 * width);
+            if (count < 2) continue;
+            _tile_loadd(5, parts[1].a + depth, stride);
+            _tile_dpbf16ps(1, 5, 6);
+            if (count < 3) continue;
+            _tile_loadd(4, parts[2].a + depth, stride);
             _tile_dpbf16ps(2, 4, 6);
-            _tile_loadd(5, a + depth + 3 * DEPTH, stride);
-            _tile_loadd(7, x + 3 * step, 4 * width);
-            _tile_dpbf16ps(3, 5, 7);
-        }
-        for (; depth < inputs; depth += DEPTH, x += step) {
-            _tile_loadd(4, a + depth, stride);
-            _tile_loadd(6, x, 4 * width);
-            _tile_dpbf16ps(0, 4, 6);
+            if (count < 4) continue;
+            _tile_loadd(5, parts[3].a + depth, stride);
+            _tile_dpbf16ps(3, 5, 6);
         }
         _tile_stored(0, sums[0], 64);
         _tile_stored(1, sums[1], 64);
         _tile_stored(2, sums[2], 64);
         _tile_stored(3, sums[3], 64);
     }
-    __mmask16 own = ((1 << run.tokens) - 1) << run.first % TILE;
-    for (int rank = 0; rank < RANKS; rank += 2) {
-        __m512i pair[2];
-        for (int i = 0; i < 2; i++) {
-            __m512 part[4];
-            for (int n = 0; n < 4; n++) part[n] = _mm512_load_ps(sums[n] + (rank + i) * TILE);
-            __m512 sum = _mm512_add_ps(_mm512_add_ps(part[0], part[1]), _mm512_add_ps(part[2], part[3]));
-            pair[i] = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(sum, _mm512_set1_ps(scaling))));
+    for (int i = 0; i < count; i++) {
+        Run run = parts[i].run;
+        __m512 scaling = _mm512_set1_ps(lora->scaling[run.slot]);
+        __mmask16 own = ((1 << run.tokens) - 1) << run.first % TILE;
+        for (int rank = 0; rank < RANKS; rank += 2) {
+            __m512i pair[2];
+            for (int n = 0; n < 2; n++) {
+                __m512 scaled = _mm512_mul_ps(_mm512_load_ps(sums[i] + (rank + n) * TILE), scaling);
+                pair[n] = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(scaled));
+            }
+            _mm512_store_si512(parts[i].h + rank * TILE, _mm512_maskz_or_epi32(own, pair[0], _mm512_slli_epi32(pair[1], 16)));
         }
-        _mm512_store_si512(h + rank * TILE, _mm512_maskz_or_epi32(own, pair[0], _mm512_slli_epi32(pair[1], 16)));
     }
 }
 
 // h of the runs from `first` to `last`, by all threads of a team together. x: the tiles of tokens from the `tile`th on.
+// Neighbouring parts go together, so that x is read once for up to four, while there are enough for all threads.
 static void shrink_all(const Lora *lora, long first, long last, const uint16_t *x, long tile, long inputs, int width) {
-    long parts = lora->chunks * DEPTH / RANKS;
-#pragma omp for schedule(static, 1) collapse(2)
-    for (long i = first; i < last; i++)
-        for (long part = 0; part < parts; part++) {
-            if (part * RANKS >= chunks_of(lora, i) * DEPTH) continue;
-            Run run = lora->runs[i];
-            long left = lora->ranks[run.slot] - part * RANKS;
-            shrink(lora->h + i * lora->chunks * CHUNK + part * RANKS * TILE, run,
-                   (const uint16_t *)lora->a[run.slot] + part * RANKS * inputs, left < 0 ? 0 : left < RANKS ? left : RANKS,
-                   lora->scaling[run.slot], x + (run.first / TILE - tile) * inputs * width, inputs, width);
+    static _Thread_local Scratch kept;
+    Part *parts = scratch(&kept, (last - first) * lora->chunks * (DEPTH / RANKS) * sizeof(Part));
+    long count = list_parts(parts, lora, first, last, inputs), each = count / omp_get_num_threads();
+    each = each < 1 ? 1 : each > 4 ? 4 : each;
+#pragma omp for schedule(static, 1)
+    for (long begin = 0; begin < count; begin += each)
+        for (long i = begin, next, end = begin + each < count ? begin + each : count; i < end; i = next) {
+            long tokens = parts[i].run.first / TILE;
+            for (next = i + 1; next < end && parts[next].ranks == parts[i].ranks && parts[next].run.first / TILE == tokens;) next++;
+            shrink(lora, parts + i, next - i, x + (tokens - tile) * inputs * width, inputs, width);
         }
 }
 
-// Asks for B's rows of the 32 outputs from `at` on, for the runs from `first` to `last`.
-static void ask_for_b(const Lora *lora, long first, long last, long at) {
-    for (long i = first, before = -1; i < last; i++) {
-        long slot = lora->runs[i].slot, bytes = lora->ranks[slot] * 2;
-        if (slot == before) continue;
-        for (long byte = 0; byte < 2 * TILE * bytes; byte += 64) _mm_prefetch((const char *)lora->b[slot] + at * bytes + byte, _MM_HINT_T0);
-        before = slot;
+// What of B is asked for beside other work, `share` lines at a time: rows of 32 outputs from `at` on, of the runs from
+// `run` to `last`.
+typedef struct { const Lora *lora; long run, last, at, byte, share; } Soon;
+
+static inline long next_slot(const Lora *lora, long run, long last) {
+    long slot = lora->runs[run].slot;
+    while (run < last && lora->runs[run].slot == slot) run++;
+    return run;
+}
+
+// How many lines there are for 32 outputs.
+static long lines_of_b(const Lora *lora, long run, long last) {
+    long lines = 0;
+    for (; run < last; run = next_slot(lora, run, last)) lines += lora->ranks[lora->runs[run].slot] * 2 * TILE * 2 / 64;
+    return lines;
+}
+
+static inline void ask(Soon *soon) {
+    for (long n = 0; n < soon->share && soon->run < soon->last; n++) {
+        long slot = soon->lora->runs[soon->run].slot, bytes = soon->lora->ranks[slot] * 2;
+        _mm_prefetch((const char *)soon->lora->b[slot] + soon->at * bytes + soon->byte, _MM_HINT_T0);
+        if ((soon->byte += 64) < 2 * TILE * bytes) continue;
+        soon->byte = 0;
+        soon->run = next_slot(soon->lora, soon->run, soon->last);
     }
 }
 

@@ -35,27 +35,28 @@ static inline __attribute__((always_inline)) void unpack(uint16_t *panel, const 
 }
 
 // Sums of 32 outputs for one tile of tokens or two. x: the tokens' tiles, one after the other. panel: where the weights
-// are as bfloat16, or get to be: all blocks with `keep`, else two, turn about. Unpacked one block ahead of the products.
-static inline __attribute__((always_inline)) void multiply(uint16_t *panel, const Weight *weight, long tile, const uint16_t *x,
-                                                           int width, int two, int fresh, int keep) {
+// are as bfloat16, or with `fresh` get to be: all blocks with `keep`, else two, turn about. Unpacked one block ahead of
+// the products. What is asked for `soon` comes meanwhile.
+static inline __attribute__((always_inline)) void multiply(int two, int fresh, int keep, uint16_t *panel, const Weight *weight,
+                                                           long tile, const uint16_t *x, int width, Soon *soon) {
     __m512 book = _mm512_loadu_ps(weight->book);
-    long step = TILE * 2 * width, next = step * 2 * weight->blocks;
-    if (fresh) unpack(panel, weight, tile, 0, book);
+    long step = TILE * 2 * width, next = step * 2 * weight->blocks, places = keep ? -1 : 1;
+    if (fresh) ask(soon);
+    if (fresh && weight->blocks) unpack(panel, weight, tile, 0, book);
     for (long block = 0; block < weight->blocks; block++) {
-        const uint16_t *at = panel + (keep ? block : block % 2) * PANEL;
-        if (fresh && block + 1 < weight->blocks)
-            unpack(panel + (keep ? block + 1 : (block + 1) % 2) * PANEL, weight, tile, block + 1, book);
+        const uint16_t *at = panel + (block & places) * PANEL;
+        if (fresh) ask(soon);
+        if (fresh && block + 1 < weight->blocks) unpack(panel + ((block + 1) & places) * PANEL, weight, tile, block + 1, book);
         for (int half = 0; half < 2; half++, at += PANEL / 4, x += step) {
             _tile_loadd(4, at, 64);
             _tile_loadd(5, at + PANEL / 2, 64);
             _tile_loadd(6, x, 4 * width);
             _tile_dpbf16ps(0, 4, 6);
             _tile_dpbf16ps(1, 5, 6);
-            if (two) {
-                _tile_loadd(7, x + next, 4 * width);
-                _tile_dpbf16ps(2, 4, 7);
-                _tile_dpbf16ps(3, 5, 7);
-            }
+            if (!two) continue;
+            _tile_loadd(7, x + next, 4 * width);
+            _tile_dpbf16ps(2, 4, 7);
+            _tile_dpbf16ps(3, 5, 7);
         }
     }
 }
@@ -115,26 +116,19 @@ static void linear(uint16_t *out, const uint16_t *x, Weight weight, const uint16
             long now = rows - first < most ? rows - first : most, last = next_tile(&lora, run, lora.count, first + now);
             tile_tokens(tiled, x + first * inputs, now, inputs, width);
             if (last > run) shrink_all(&lora, run, last, tiled, first / TILE, inputs, width);
+            long share = lines_of_b(&lora, run, last) / (weight.blocks + 1) + 1;
             shape_tiles(TILE, width);
             for (long pair = pairs * thread / threads; pair < pairs * (thread + 1) / threads; pair++) {
                 long at = pair * 2 * TILE, i = run;
-                ask_for_b(&lora, run, last, at + 2 * TILE);
+                Soon soon = {&lora, run, last, at + 2 * TILE, 0, share};
                 for (long row = 0; row < now; row += 2 * TILE) {
                     int two = now - row > TILE;
                     const uint16_t *tokens = tiled + row * inputs / TILE * width;
                     zero_sums();
-                    if (!weight.codes) {
-                    } else if (!two && !row) {
-                        multiply(panel, &weight, 2 * pair, tokens, width, 0, 1, 0);
-                    } else if (!two) {
-                        multiply(panel, &weight, 2 * pair, tokens, width, 0, 0, 1);
-                    } else if (!keep) {
-                        multiply(panel, &weight, 2 * pair, tokens, width, 1, 1, 0);
-                    } else if (!row) {
-                        multiply(panel, &weight, 2 * pair, tokens, width, 1, 1, 1);
-                    } else {
-                        multiply(panel, &weight, 2 * pair, tokens, width, 1, 0, 1);
-                    }
+                    if (two && row) multiply(1, 0, keep, panel, &weight, 2 * pair, tokens, width, &soon);
+                    else if (two) multiply(1, 1, keep, panel, &weight, 2 * pair, tokens, width, &soon);
+                    else if (row) multiply(0, 0, keep, panel, &weight, 2 * pair, tokens, width, &soon);
+                    else multiply(0, 1, keep, panel, &weight, 2 * pair, tokens, width, &soon);
                     long second = next_tile(&lora, i, last, first + row + TILE), end = next_tile(&lora, second, last, first + row + 2 * TILE);
                     for (long j = second; i < second || j < end;) {  // turn about: neither's sums need wait for each other
                         if (i < second) expand(&lora, i++, at, outputs, 0);
