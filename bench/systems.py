@@ -4,12 +4,14 @@ Knows how to run each system, not what a workload is made of or what its bar is.
 """
 
 # ruff: noqa: E402 - what dependencies say as they are imported is quieted first
+import math
+import random
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import count
+from itertools import accumulate, count
 from pathlib import Path
 
 from loraplex_server.engine.upstream import quiet
@@ -60,19 +62,29 @@ def engine_for(base: Path, folders: dict[str, Path], **config: int | bool) -> En
 
 
 def ours(
-    engine: Engine, asks: Sequence[Ask], at_once: int | None = None, between: Callable[[], None] | None = None
+    engine: Engine,
+    asks: Sequence[Ask],
+    at_once: int | None = None,
+    rate: float = math.inf,
+    between: Callable[[], None] | None = None,
 ) -> Run:
-    """The engine, ``at_once`` requests under way (None: all). ``between`` is called after each step."""
+    """The engine, at most ``at_once`` requests under way (None: all), which come at random, ``rate`` of them a second.
+
+    A request's time begins when it is due, also if a step was running then. ``between`` is called after each step.
+    """
     todo = [_request(ask) for ask in asks][::-1]
+    due = list(accumulate(random.expovariate(rate) if rate < math.inf else 0.0 for _ in asks))[::-1]
     sent: dict[str, float] = {}
     last: dict[str, float] = {}
     result = Run(sum(ask.new for ask in asks), 0)
     started = time.perf_counter()
     open_requests = 0
     while todo or open_requests:
-        while todo and open_requests < (at_once or len(asks)):
-            request = todo.pop()
-            sent[request.id] = time.perf_counter()
+        if not open_requests:
+            time.sleep(max(0, started + due[-1] - time.perf_counter()))
+        while todo and open_requests < (at_once or len(asks)) and started + due[-1] <= time.perf_counter():
+            request, at = todo.pop(), started + due.pop()
+            sent[request.id] = at if rate < math.inf else time.perf_counter()
             engine.add(request)
             open_requests += 1
         for delta in engine.step():
