@@ -65,6 +65,14 @@ def wrong_options(config: dict[str, Any], max_rank: int) -> Iterator[str]:
     yield from _wrong_types(config, max_rank)
 
 
+def of_module(config: dict[str, Any], patterns: str, default: str, module: str) -> Any:
+    """A module's rank or alpha, as peft's get_pattern_key finds it: the first pattern that ends its path wins."""
+    for pattern, value in (config.get(patterns) or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return config[default]
+
+
 def _wrong_types(config: dict[str, Any], max_rank: int) -> Iterator[str]:
     ranks = {"r": config.get("r"), **_entries(config, "rank_pattern")}
     for key, rank in ranks.items():

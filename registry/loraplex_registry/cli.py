@@ -16,6 +16,7 @@ from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.table import Table
 
+from .diff import Diff, compare
 from .errors import InvalidAdapter, RegistryError, StoreUnavailable
 from .reference import HubReference, Reference, check_name, parse_alias
 from .registry import SEARCH_LIMIT, Registry
@@ -235,6 +236,36 @@ def show(ref: str, style: str) -> None:
 
 
 @verb
+@click.argument("before", metavar="REF")
+@click.argument("after", metavar="REF")
+@click.option("--modules", default=10, type=click.IntRange(0), help="How many are shown, the furthest apart first.")
+@output_format
+def diff(before: str, after: str, modules: int, style: str) -> None:
+    """What is not the same in two versions: base, configuration, metrics, files, and what they add to each module."""
+    with opened() as registry:
+        found = compare(registry, before, after)
+    if style == "json":
+        _print_json(dump(Diff, found))
+        return
+    if not found.changes:
+        click.echo(f"{found.before} and {found.after} are the same bytes")
+        return
+    table = _table("", found.before, found.after)
+    for change in found.changes:
+        table.add_row(change.what, *("" if value is None else _said(value) for value in (change.before, change.after)))
+    _print(table)
+    if not found.updates or not modules:
+        return
+    apart = sorted(found.updates, key=lambda update: -2 if update.cosine is None else update.cosine)[:modules]
+    click.echo(f"\n|ΔW|, what is added to {len(found.updates)} modules, and their cosine; the furthest apart first:")
+    table = _table("module", found.before, found.after, "cosine")
+    for update in apart:
+        numbers = (update.before, update.after, update.cosine)
+        table.add_row(update.module, *("" if number is None else f"{number:.4g}" for number in numbers))
+    _print(table)
+
+
+@verb
 @click.argument("ref", metavar="NAME@ALIAS")
 @output_format
 def history(ref: str, style: str) -> None:
@@ -367,6 +398,12 @@ def _facts(version: Version) -> tuple[str, str, str, str]:
 
 def _metrics(version: Version) -> str:
     return ", ".join(f"{key} {value:.4g}" for key, value in version.metrics.items())
+
+
+def _said(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def _when(version: Version) -> str:

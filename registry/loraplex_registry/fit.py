@@ -8,6 +8,7 @@ from functools import cached_property
 from itertools import islice
 from typing import Any
 
+from .adapter_config import of_module
 from .base import HEADS, INPUT_EMBEDDINGS, BaseDescription
 from .tensors import TensorInfo
 
@@ -16,7 +17,10 @@ EMBEDDINGS = {*INPUT_EMBEDDINGS, "wpe"}  # modules that look up ids; gpt2's wpe 
 POSITIONS = {"embed_positions"}  # embeddings that are given more than ids, so that peft's LoRA on them is not theirs
 HINTS = 3  # each is a search through the base's modules: a few are help enough
 SEARCHED = 4096
-_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.(?P<part>lora_(A\.weight|B\.weight|B\.bias|embedding_[AB]))")
+MODULE_KEY = re.compile(
+    r"base_model\.model\.(?P<module>.+)\.(?P<part>lora_(A\.weight|B\.weight|B\.bias|embedding_[AB]))"
+)
+
 _SINGLE_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
@@ -38,7 +42,7 @@ class Fit:
 
     def _odd_keys(self) -> Iterator[str]:
         for key, info in sorted(self.header.items()):
-            found = _KEY.fullmatch(key)
+            found = MODULE_KEY.fullmatch(key)
             if key.endswith(".base_layer.weight"):
                 yield (
                     f"{key}: this is the base's own weight, which all adapters share; "
@@ -165,11 +169,7 @@ class Fit:
         return bool(found) and int(found[1]) in ([layers] if isinstance(layers, int) else layers)
 
     def _rank(self, module: str) -> int:
-        """peft's get_pattern_key: the first rank_pattern that ends the module's path wins."""
-        for pattern, rank in (self.config.get("rank_pattern") or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                return rank
-        return self.config["r"]
+        return of_module(self.config, "rank_pattern", "r", module)
 
     def _linear(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """(outputs, inputs) of a stored weight; gpt2's Conv1D stores (inputs, outputs)."""

@@ -66,6 +66,28 @@ def test_search_and_a_required_metric(run, trained, tmp_path):
     assert (wrong.code, wrong.err.startswith("error: 'f1>>1' is not a comparison")) == (1, True)
 
 
+def test_diff_shows_what_is_not_the_same(run, trained, tmp_path):
+    run("push", "quotes-tagger"), run("push", "quotes-tagger", tmp_path / "second")
+    facts, modules = run("diff", "quotes-tagger:1", "quotes-tagger:2").out.split("\n\n")
+    head, *rows = facts.splitlines()
+    assert head.split() == ["quotes-tagger:1", "quotes-tagger:2"]
+    assert ["rank", "4", "8"] in [row.split() for row in rows]
+    assert not any(row.startswith(("base", "targets", "metrics")) for row in rows)
+    said, _, *rows = modules.splitlines()
+    assert said == "|ΔW|, what is added to 4 modules, and their cosine; the furthest apart first:"
+    cosines = [float(row.split()[-1]) for row in rows]
+    assert cosines == sorted(cosines)
+    assert (
+        len(run("diff", "quotes-tagger:1", "quotes-tagger:2", "--modules", "1").out.splitlines())
+        == len(facts.splitlines()) + 4
+    )
+    told = json.loads(run("diff", "quotes-tagger:1", "quotes-tagger:2", "--format", "json").out)
+    assert (told["before"], told["after"], len(told["updates"])) == ("quotes-tagger:1", "quotes-tagger:2", 4)
+    same = run("diff", "quotes-tagger:1", "quotes-tagger:1")
+    assert same.out == "quotes-tagger:1 and quotes-tagger:1 are the same bytes\n"
+    assert run("diff", "quotes-tagger:1", "other").code == 1
+
+
 def test_an_empty_registry_says_what_to_do(run):
     answer = run("list")
     assert answer.code == 0
