@@ -116,6 +116,7 @@ def _describe_folder(folder: Path, name: str, revision: str | None) -> BaseDescr
 
 def _describe_hub(repo_id: str, revision: str | None) -> BaseDescription:
     import huggingface_hub as hub  # here, not above: it costs a third of a second and most calls need none of it
+    from huggingface_hub.errors import HTTPError, NotASafetensorsRepoError  # pyright: ignore[reportPrivateImportUsage]
 
     try:
         config_file = Path(hub.hf_hub_download(repo_id, "config.json", revision=revision))
@@ -124,7 +125,7 @@ def _describe_hub(repo_id: str, revision: str | None) -> BaseDescription:
             with suppress(BaseNotFound):  # some shards are not in the cache
                 return _describe_folder(config_file.parent, repo_id, commit)
         metadata = hub.get_safetensors_metadata(repo_id, revision=commit)
-    except (OSError, ValueError, hub.errors.HfHubHTTPError, hub.errors.NotASafetensorsRepoError) as error:
+    except (OSError, ValueError, HTTPError, NotASafetensorsRepoError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BaseNotFound(
             f"the base '{repo_id}' is neither a folder, nor in the Hub's cache, nor reachable on the Hub ({reason}); "

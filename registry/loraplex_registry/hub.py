@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import huggingface_hub as hub
+from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage] - whichever client it uses
 
 from .errors import RemoteError
 from .reference import HubReference
@@ -18,7 +19,7 @@ def fetch_from_hub(ref: HubReference, into: Path) -> HubReference:
     try:
         commit = hub.HfApi().model_info(ref.repo_id, revision=ref.revision).sha
         hub.snapshot_download(ref.repo_id, revision=commit, local_dir=into, allow_patterns=ADAPTER_FILES)
-    except (OSError, ValueError, hub.errors.HfHubHTTPError) as error:
+    except (OSError, ValueError, HTTPError) as error:
         reason = str(error).strip() or type(error).__name__
         raise RemoteError(f"{ref} cannot be fetched: {' '.join(reason.split())}") from error
     return HubReference(ref.repo_id, commit)

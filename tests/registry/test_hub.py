@@ -81,9 +81,10 @@ def hub(base, tmp_path):
             "LORAPLEX_REGISTRY": str(tmp_path / "registry"),
         }
 
-        def push(*arguments: str):
+        def push(*arguments: str, **changed: str):
             command = [sys.executable, "-c", "from loraplex_registry.cli import main; main()", "push", *arguments]
-            return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+            env = environment | changed
+            return subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
 
         yield app, push
 
@@ -107,4 +108,14 @@ def test_what_the_hub_does_not_have(hub, ref):
     done = hub[1]("x", ref)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith(f"error: {ref} cannot be fetched: ")
+    assert done.stderr.count("\n") == 1
+
+
+NOBODY = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_DOWNLOAD_TIMEOUT": "1"}  # port 9 takes no connection
+
+
+def test_a_hub_that_does_not_answer(hub):
+    done = hub[1]("x", "hf://owner/adapter", **NOBODY)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: hf://owner/adapter cannot be fetched: "), done.stderr
     assert done.stderr.count("\n") == 1
