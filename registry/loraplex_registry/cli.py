@@ -16,6 +16,7 @@ from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.table import Table
 
+from .archive import export_versions, import_versions
 from .diff import Diff, compare
 from .errors import InvalidAdapter, RegistryError, StoreUnavailable
 from .reference import HubReference, Reference, check_name, parse_alias
@@ -104,7 +105,8 @@ def push(name: str, folder: str | None, base: str | None, message: str) -> None:
             message, path = f"{message} ({source})".strip() if message else f"from {source}", Path(temporary)
         else:
             path = Path(folder) if folder else _find_adapter(name)
-        with _transfer(f"push {name}", path) as progress:
+        total_bytes = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        with _transfer(f"push {name}", total_bytes) as progress:
             version = registry.push(name, path, base=base, message=message, progress=progress)
     if version.pushed:
         click.echo(f"pushed {version} ({decimal(version.bytes)}, rank {version.rank}) {version.digest}")
@@ -142,6 +144,27 @@ def pull(ref: str, folder: str | None) -> None:
         dest = Path(folder or Reference.parse(ref).name)
         version = registry.pull(ref, dest)
     click.echo(f"pulled {version} to {dest} {version.digest}")
+
+
+@verb
+@click.argument("refs", nargs=-1, required=True, metavar="REF...")
+@click.option("--output", "-o", required=True, type=click.Path(path_type=Path), help="A new file.")
+def export(refs: tuple[str, ...], output: Path) -> None:
+    """Write versions to one file, for `registry import` elsewhere."""
+    with opened() as registry, _transfer("export", sum(registry.resolve(ref).bytes for ref in refs)) as progress:
+        versions = export_versions(registry, refs, output, progress)
+    click.echo(f"exported {', '.join(map(str, versions))} to {output} ({decimal(output.stat().st_size)})")
+
+
+@verb
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--as", "name", metavar="NAME", help="Keep them under another name.")
+@click.option("--base", metavar="ID_OR_PATH", help="The base to check against; default: what the adapters say.")
+def import_(file: Path, name: str | None, base: str | None) -> None:
+    """Push the versions of a file that `registry export` wrote; each keeps its digest and gets the next number."""
+    with opened() as registry, _transfer("import", file.stat().st_size) as progress:
+        for version in import_versions(registry, file, name=name, base=base, progress=progress):
+            click.echo(f"{'imported' if version.pushed else 'already'} {version} {version.digest}")
 
 
 # --- questions ---
@@ -364,9 +387,8 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 @contextmanager
-def _transfer(what: str, folder: Path) -> Iterator[Callable[[int], None]]:
-    """A progress bar on stderr for large folders; nothing for small ones."""
-    total_bytes = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+def _transfer(what: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar on stderr for much; nothing for little."""
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=Console(stderr=True), disable=total_bytes < LARGE_BYTES) as progress:
         task = progress.add_task(what, total=total_bytes)

@@ -4,6 +4,7 @@
     ├── InvalidReference (ValueError)        a name that cannot name anything
     ├── InvalidManifest (ValueError)         a manifest or receipt that does not say what it must
     ├── InvalidAdapter (ValueError)          an adapter that is refused; .reasons lists why
+    ├── InvalidArchive (ValueError)          a file that is no whole export of a registry
     ├── InvalidQuery (ValueError)            a search that cannot be read
     ├── NothingToRollBack (ValueError)       an alias without an earlier target
     ├── RequirementNotMet (ValueError)       a version that lacks what its promotion requires
@@ -56,6 +57,10 @@ class InvalidAdapter(RegistryError, ValueError):
 
 class NothingToRollBack(RegistryError, ValueError):
     code = "nothing_to_roll_back"
+
+
+class InvalidArchive(RegistryError, ValueError):
+    code = "invalid_archive"
 
 
 class InvalidQuery(RegistryError, ValueError):

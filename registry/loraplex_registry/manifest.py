@@ -15,7 +15,7 @@ from .errors import InvalidManifest
 
 FORMAT = "loraplex.adapter/1"
 CHUNK_BYTES = 1 << 20
-_SHA256 = re.compile(r"[0-9a-f]{64}")
+SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class FileEntry:
             raise InvalidManifest(f"file path {self.path!r}: expected a relative path without hidden or '..' parts")
         if len(self.path) > 255:
             raise InvalidManifest(f"file path {self.path[:40]!r}…: more than 255 characters")
-        if not _SHA256.fullmatch(self.sha256):
+        if not SHA256.fullmatch(self.sha256):
             raise InvalidManifest(f"file {self.path}: sha256 {self.sha256!r} is not 64 hex digits")
         if type(self.bytes) is not int or self.bytes < 0:
             raise InvalidManifest(f"file {self.path}: bytes {self.bytes!r} is not a size")

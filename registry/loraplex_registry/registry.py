@@ -114,7 +114,7 @@ class Registry:
         with writing(self.root), self.store.stage() as folder:
             files = fill(folder / "adapter")
             checked = check_adapter(folder / "adapter", base, self.limits, files)
-            manifest = Manifest(checked.files, _base_ref(checked, base), checked.config)
+            manifest = Manifest(checked.files, base_ref(checked, base), checked.config)
             write_durably(iter([manifest.canonical()]), folder / MANIFEST)
             for entry in manifest.files:
                 self.store.publish(folder / "adapter" / entry.path, entry.sha256)
@@ -249,7 +249,7 @@ def _reference(ref: str | Reference) -> Reference:
     return ref if isinstance(ref, Reference) else Reference.parse(ref)
 
 
-def _base_ref(checked: CheckedAdapter, base: BaseDescription) -> BaseRef:
+def base_ref(checked: CheckedAdapter, base: BaseDescription) -> BaseRef:
     """What the version says of its base: the trainer's words first, so that one adapter gives one digest everywhere."""
     trained = checked.receipt.base
     named = trained.id if trained else checked.config.get("base_model_name_or_path")

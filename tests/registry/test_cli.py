@@ -88,6 +88,20 @@ def test_diff_shows_what_is_not_the_same(run, trained, tmp_path):
     assert run("diff", "quotes-tagger:1", "other").code == 1
 
 
+def test_export_and_import(run, trained, tmp_path):
+    run("push", "quotes-tagger"), run("push", "quotes-tagger", tmp_path / "second")
+    file = tmp_path / "both.tar"
+    said = run("export", "quotes-tagger:1", "quotes-tagger:2", "-o", file).out
+    assert said.startswith(f"exported quotes-tagger:1, quotes-tagger:2 to {file} (")
+    assert run("export", "quotes-tagger:1", "-o", file).err == f"error: '{file}' is there already; name a new file\n"
+    first, second = run("import", file, "--as", "copy").out.splitlines()
+    assert first.startswith("imported copy:1 sha256:")
+    assert second.startswith("imported copy:2 sha256:")
+    assert run("import", file).out.startswith("already quotes-tagger:1 sha256:")
+    missing = run("import", tmp_path / "none.tar")
+    assert (missing.code, missing.err.startswith("error: ")) == (1, True)
+
+
 def test_an_empty_registry_says_what_to_do(run):
     answer = run("list")
     assert answer.code == 0
