@@ -12,7 +12,8 @@
     │   ├── UnknownAdapter
     │   ├── UnknownVersion
     │   ├── UnknownAlias
-    │   └── UnknownDigest
+    │   ├── UnknownDigest
+    │   └── UnknownFile
     ├── InvalidRequest (ValueError)          an HTTP request that cannot be read; .param
     ├── TooLarge (ValueError)                more bytes than the registry takes
     ├── MissingBlobs (LookupError)           files that a push names and nobody uploaded; .digests
@@ -122,6 +123,11 @@ class UnknownAlias(NotFound):
 class UnknownDigest(NotFound):
     code = "digest_not_found"
     what = "digest"
+
+
+class UnknownFile(NotFound):
+    code = "file_not_found"
+    what = "file"
 
 
 class BaseNotFound(RegistryError, FileNotFoundError):

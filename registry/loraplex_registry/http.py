@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from . import errors
 from .errors import RegistryError
+from .hub_protocol import hub_routes, refusal, speaks
 from .manifest import FileEntry
 from .reference import Reference, check_digest, check_name, parse_alias
 from .registry import SEARCH_LIMIT, Registry, writing
@@ -64,6 +65,7 @@ def create_app(registry: Registry, tokens: dict[str, str] | None = None) -> Star
             Route("/v1/manifests/{digest}", get_manifest),
             Route("/v1/blobs/{digest}", get_blob),
             Route("/v1/blobs/{digest}", put_blob, methods=["PUT"]),
+            *hub_routes(),
         ],
         middleware=[Middleware(Bearer, tokens=tokens or {})],
         exception_handlers={RegistryError: on_registry_error, HTTPException: on_http_error},
@@ -91,8 +93,8 @@ class Bearer:
         scheme, _, given = Request(scope).headers.get("authorization", "").partition(" ")
         holders = [who for token, who in self.tokens.items() if hmac.compare_digest(token.encode(), given.encode())]
         if scheme.lower() != "bearer" or not holders:
-            refusal = errors.Unauthorized("a bearer token that this registry knows is needed")
-            await error_response(refusal)(scope, receive, send)
+            wanted = errors.Unauthorized("a bearer token that this registry knows is needed")
+            await error_response(wanted, scope["path"])(scope, receive, send)
             return
         scope.setdefault("state", {})["who"] = holders[0]
         await self.app(scope, receive, send)
@@ -208,9 +210,9 @@ async def rollback(request: Request) -> Response:
 # --- requests in, errors out ---
 
 
-def on_registry_error(_request: Request, error: Exception) -> Response:
+def on_registry_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RegistryError)
-    return error_response(error)
+    return error_response(error, request.url.path)
 
 
 def on_http_error(request: Request, error: Exception) -> Response:
@@ -220,10 +222,13 @@ def on_http_error(request: Request, error: Exception) -> Response:
     return JSONResponse({"error": body}, status_code=error.status_code, headers=error.headers)
 
 
-def error_response(error: RegistryError) -> Response:
+def error_response(error: RegistryError, path: str) -> Response:
+    """The error in the shape that clients of the path read."""
     status = next((status for kind, status in STATUSES.items() if isinstance(error, kind)), 500)
     kind = "authentication_error" if status == 401 else "invalid_request_error" if status < 500 else "server_error"
     headers = {"WWW-Authenticate": "Bearer"} if status == 401 else None
+    if speaks(path):
+        return refusal(error, status, headers)
     return JSONResponse(dump_error(error, kind), status_code=status, headers=headers)
 
 

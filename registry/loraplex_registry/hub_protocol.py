@@ -1,0 +1,322 @@
+"""The Hugging Face Hub's HTTP protocol, its reading side, so that stock clients read this registry through HF_ENDPOINT.
+
+Owns the Hub's shapes and how its words map to ours: a repository is an adapter name, a branch an alias, a tag a version
+number, a commit the first 40 hex digits of a version's digest. Knows no tokens and keeps nothing between requests.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from itertools import chain
+from pathlib import PurePosixPath
+from typing import Any
+
+from starlette.convertors import Convertor, register_url_convertor
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from .errors import (
+    InvalidReference,
+    NotFound,
+    RegistryError,
+    Unauthorized,
+    UnknownAdapter,
+    UnknownAlias,
+    UnknownDigest,
+    UnknownFile,
+)
+from .manifest import FileEntry, Manifest
+from .reference import Reference, check_name
+from .registry import Registry
+from .version import Version
+
+MAIN = "main"  # the branch of those who name none: what the bare name stands for
+REPO_COMMIT = "X-Repo-Commit"
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_NUMBER = re.compile(r"v?([1-9][0-9]{0,8})")
+_RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
+_PATH = re.compile(r"/api/|/(?!v1/)[^/]+(?:/[^/]+)?/resolve/")
+
+
+class RepoConvertor(Convertor[str]):
+    """`name` or `namespace/name`, and no more: a file's path may hold words of the protocol too."""
+
+    regex = "[^/]+(?:/[^/]+)?"
+
+    def convert(self, value: str) -> str:
+        return value
+
+    def to_string(self, value: str) -> str:
+        return value
+
+
+def hub_routes() -> list[Route]:
+    """The routes, for an application whose state has the `registry`. Those with a fixed last word come first."""
+    register_url_convertor("repo", RepoConvertor())
+    return [
+        Route("/api/whoami-v2", whoami),
+        Route("/api/models/{repo:repo}/revision/{revision:path}", info),
+        Route("/api/models/{repo:repo}/tree/{revision}", tree),
+        Route("/api/models/{repo:repo}/tree/{revision}/{path:path}", tree),
+        Route("/api/models/{repo:repo}/commits/{revision:path}", commits),
+        Route("/api/models/{repo:repo}/refs", refs),
+        Route("/api/models/{repo:repo}", info),
+        Route("/{repo:repo}/resolve/{revision}/{path:path}", resolve),
+    ]
+
+
+# --- the routes ---
+
+
+def whoami(request: Request) -> Response:
+    who = getattr(request.state, "who", "http")
+    auth = {"type": "access_token", "accessToken": {"displayName": who, "role": "read"}}
+    return JSONResponse({"type": "user", "id": who, "name": who, "fullname": who, "orgs": [], "auth": auth})
+
+
+def info(request: Request) -> Response:
+    version, manifest = _find(request)
+    created_at, base = _time(version.created_at), version.base.id
+    return JSONResponse(
+        {
+            "id": version.name,
+            "modelId": version.name,
+            "author": version.name.rpartition("/")[0] or None,
+            "sha": commit_of(version),
+            "private": hasattr(request.state, "who"),  # it took a token to see it
+            "gated": False,
+            "disabled": False,
+            "createdAt": created_at,
+            "lastModified": created_at,
+            "library_name": "peft",
+            "tags": ["peft", "safetensors", "lora", f"base_model:{base}", f"base_model:adapter:{base}"],
+            "config": {"peft": {"base_model_name_or_path": base, "task_type": manifest.config.get("task_type")}},
+            "siblings": [_sibling(entry, "blobs" in request.query_params) for entry in manifest.files],
+        }
+    )
+
+
+def tree(request: Request) -> Response:
+    """The files, and without `recursive` the folders, at or below a path. All of them: there are at most 200."""
+    version, manifest = _find(request)
+    folder = PurePosixPath(request.path_params.get("path", ""))
+    below = [entry for entry in manifest.files if folder in PurePosixPath(entry.path).parents]
+    if not below:
+        raise UnknownFile(f"{version}/{folder}")
+    found = [*_folders(below), *map(_file, below)]
+    if request.query_params.get("recursive", "").lower() == "true":
+        return JSONResponse([one for one in found if folder in PurePosixPath(one["path"]).parents])
+    return JSONResponse([one for one in found if folder == PurePosixPath(one["path"]).parent])
+
+
+def refs(request: Request) -> Response:
+    """Aliases move, so they are branches; numbers do not, so they are tags."""
+    registry, name = _registry(request), request.path_params["repo"]
+    main = find(registry, name, MAIN)
+    versions = registry.versions(name)
+    aliases = {alias: version for version in versions for alias in version.aliases} | {MAIN: main}
+    found = {
+        "branches": [_ref(alias, "heads", version) for alias, version in sorted(aliases.items())],
+        "tags": [_ref(tag, "tags", version) for version in versions if (tag := f"v{version.number}") not in aliases],
+        "converts": [],
+    }
+    return JSONResponse(found | ({"pullRequests": []} if "include_prs" in request.query_params else {}))
+
+
+def commits(request: Request) -> Response:
+    """The versions up to the revision's, newest first."""
+    newest, _ = _find(request)
+    versions = [one for one in _registry(request).versions(newest.name) if one.number <= newest.number]
+    return JSONResponse([_commit(version) for version in reversed(versions)])
+
+
+def resolve(request: Request) -> Response:
+    """A file, proven while it is sent: stock clients compare sizes alone. Its last bytes wait for the sha256."""
+    version, manifest = _find(request)
+    path, commit = request.path_params["path"], commit_of(version)
+    entry = next((entry for entry in manifest.files if entry.path == path), None)
+    if entry is None:
+        return refusal(UnknownFile(f"{version}/{path}"), 404, {REPO_COMMIT: commit})
+    etag = f'"{entry.sha256}"'
+    headers = {"ETag": etag, REPO_COMMIT: commit, "Accept-Ranges": "bytes"}
+    asked = None
+    if request.headers.get("if-range", etag) == etag:
+        asked = asked_range(request.headers.get("range", ""), entry.bytes)
+    start, stop = asked or (0, entry.bytes)
+    if asked:
+        headers["Content-Range"] = f"bytes {start}-{stop - 1}/{entry.bytes}"
+    headers["Content-Length"] = str(stop - start)
+    status, media_type = 206 if asked else 200, "application/octet-stream"
+    if request.method == "HEAD":
+        return Response(status_code=status, headers=headers, media_type=media_type)
+    pieces = window(_registry(request).store.chunks(entry), start, stop)
+    first = next(pieces, b"")  # a small file is proven here, while the answer can still be an error
+    return StreamingResponse(chain([first], pieces), status_code=status, headers=headers, media_type=media_type)
+
+
+# --- the Hub's words and ours ---
+
+
+def commit_of(version: Version) -> str:
+    """A version's commit id: 40 lowercase hex digits, as clients expect of a commit that never changes."""
+    return version.digest.removeprefix("sha256:")[:40]
+
+
+def find(registry: Registry, name: str, revision: str) -> Version:
+    """The version that a revision of a repository stands for now.
+
+    A commit, `main`, a number (`3`), an alias, or a number as a tag (`v3`), in this order: what never moves comes
+    first, so that no alias takes the place of a commit that a client pinned. Raises the kind of NotFound that fits.
+    """
+    try:
+        bare = Reference(check_name(name))
+    except InvalidReference:
+        raise UnknownAdapter(name) from None
+    if _COMMIT.fullmatch(revision):
+        for version in registry.versions(name):
+            if commit_of(version) == revision:
+                return version
+        raise UnknownDigest(f"{name}@{revision}")
+    if revision == MAIN:
+        return registry.resolve(bare)
+    number = _NUMBER.fullmatch(revision)
+    if number and not revision.startswith("v"):
+        return registry.resolve(Reference(name, version=int(number[1])))
+    try:
+        return registry.resolve(Reference.parse(f"{name}@{revision}"))
+    except UnknownAlias:
+        if not number:
+            raise
+        return registry.resolve(Reference(name, version=int(number[1])))
+    except InvalidReference:
+        registry.resolve(bare)  # an unknown name is told before a malformed revision
+        raise UnknownAlias(f"{name}@{revision}") from None
+
+
+def speaks(path: str) -> bool:
+    """Whether a request's path is the Hub's, so that its errors are told in the Hub's shape."""
+    return _PATH.match(path) is not None
+
+
+def refusal(error: RegistryError, status: int, headers: dict[str, str] | None = None) -> Response:
+    """An error in the Hub's shape: its client makes an exception of a kind of its own out of X-Error-Code."""
+    told = {"X-Error-Message": " ".join(str(error).split()).encode("ascii", "backslashreplace").decode()}
+    if code := _error_code(error):
+        told["X-Error-Code"] = code
+    return JSONResponse({"error": str(error)}, status, {**told, **(headers or {})})
+
+
+def _error_code(error: RegistryError) -> str | None:
+    match error:
+        case UnknownFile():
+            return "EntryNotFound"
+        case UnknownAdapter() | Unauthorized():  # the Hub does not tell what needs a token from what is not there
+            return "RepoNotFound"
+        case NotFound():
+            return "RevisionNotFound"
+    return None
+
+
+# --- bytes ---
+
+
+def asked_range(header: str, total_bytes: int) -> tuple[int, int] | None:
+    """First byte and end of a `Range` header's single range; None for any other. Raises HTTPException (416)."""
+    found = _RANGE.fullmatch(header)
+    if not found or header == "bytes=-":
+        return None
+    if not found[1]:
+        start, stop = max(total_bytes - int(found[2]), 0), total_bytes
+    else:
+        start, stop = int(found[1]), min(int(found[2]) + 1, total_bytes) if found[2] else total_bytes
+    if start >= stop:
+        raise HTTPException(416, "the range is outside the file", {"Content-Range": f"bytes */{total_bytes}"})
+    return start, stop
+
+
+def window(chunks: Iterator[bytes], start: int, stop: int) -> Iterator[bytes]:
+    """The bytes from start to stop. The last piece comes only when all chunks have, and so are proven."""
+    held, at = b"", 0
+    for chunk in chunks:
+        piece = chunk[max(start - at, 0) : max(stop - at, 0)]
+        at += len(chunk)
+        if piece:
+            if held:
+                yield held
+            held = piece
+    if held:
+        yield held
+
+
+# --- the Hub's shapes ---
+
+
+def _registry(request: Request) -> Registry:
+    return request.app.state.registry
+
+
+def _find(request: Request) -> tuple[Version, Manifest]:
+    """What the request's revision stands for: resolved once, and then read by its digest."""
+    registry = _registry(request)
+    version = find(registry, request.path_params["repo"], request.path_params.get("revision", MAIN))
+    return version, registry.manifest(version.digest)
+
+
+def _file(entry: FileEntry) -> dict[str, Any]:
+    pointer = _pointer(entry)
+    lfs = {"oid": entry.sha256, "size": entry.bytes, "pointerSize": len(pointer)}
+    return {"type": "file", "path": entry.path, "size": entry.bytes, "oid": _git_id("blob", pointer), "lfs": lfs}
+
+
+def _sibling(entry: FileEntry, blobs: bool) -> dict[str, Any]:
+    if not blobs:
+        return {"rfilename": entry.path}
+    pointer = _pointer(entry)
+    lfs = {"sha256": entry.sha256, "size": entry.bytes, "pointerSize": len(pointer)}
+    return {"rfilename": entry.path, "size": entry.bytes, "blobId": _git_id("blob", pointer), "lfs": lfs}
+
+
+def _folders(files: list[FileEntry]) -> list[dict[str, Any]]:
+    """The folders of files; each is named by what it holds, as a git tree is."""
+    held: dict[str, bytes] = {}
+    for entry in files:
+        for folder in PurePosixPath(entry.path).parents[:-1]:  # the last is the top
+            held[str(folder)] = held.get(str(folder), b"") + f"{entry.sha256} {entry.path}\n".encode()
+    return [
+        {"type": "directory", "path": path, "size": 0, "oid": _git_id("tree", content)}
+        for path, content in sorted(held.items())
+    ]
+
+
+def _pointer(entry: FileEntry) -> bytes:
+    """What git keeps in a large file's place (github.com/git-lfs/git-lfs/blob/main/docs/spec.md).
+
+    Every file is told as a large one: then its sha256, which the manifest has, is what `hf cache verify` compares.
+    """
+    return f"version https://git-lfs.github.com/spec/v1\noid sha256:{entry.sha256}\nsize {entry.bytes}\n".encode()
+
+
+def _git_id(kind: str, content: bytes) -> str:
+    return hashlib.sha1(b"%s %d\0" % (kind.encode(), len(content)) + content, usedforsecurity=False).hexdigest()
+
+
+def _ref(name: str, kind: str, version: Version) -> dict[str, str]:
+    return {"name": name, "ref": f"refs/{kind}/{name}", "targetCommit": commit_of(version)}
+
+
+def _commit(version: Version) -> dict[str, Any]:
+    title, _, message = version.message.partition("\n")
+    return {
+        "id": commit_of(version),
+        "title": title or str(version),
+        "message": message.strip(),
+        "authors": [{"user": version.created_by}],
+        "date": _time(version.created_at),
+    }
+
+
+def _time(at: datetime) -> str:
+    return at.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")  # the one form that the client reads
