@@ -11,7 +11,9 @@ from datetime import UTC, datetime
 from itertools import chain
 from pathlib import PurePosixPath
 from typing import Any
+from urllib.parse import parse_qs
 
+from anyio.to_thread import run_sync
 from starlette.convertors import Convertor, register_url_convertor
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -20,8 +22,10 @@ from starlette.routing import Route
 
 from .errors import (
     InvalidReference,
+    InvalidRequest,
     NotFound,
     RegistryError,
+    TooLarge,
     Unauthorized,
     UnknownAdapter,
     UnknownAlias,
@@ -35,6 +39,7 @@ from .version import Version
 
 MAIN = "main"  # the branch of those who name none: what the bare name stands for
 REPO_COMMIT = "X-Repo-Commit"
+FORM_BYTES = 1 << 20
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _NUMBER = re.compile(r"v?([1-9][0-9]{0,8})")
 _RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
@@ -61,6 +66,7 @@ def hub_routes() -> list[Route]:
         Route("/api/models/{repo:repo}/revision/{revision:path}", info),
         Route("/api/models/{repo:repo}/tree/{revision}", tree),
         Route("/api/models/{repo:repo}/tree/{revision}/{path:path}", tree),
+        Route("/api/models/{repo:repo}/paths-info/{revision:path}", paths_info, methods=["POST"]),
         Route("/api/models/{repo:repo}/commits/{revision:path}", commits),
         Route("/api/models/{repo:repo}/refs", refs),
         Route("/api/models/{repo:repo}", info),
@@ -100,16 +106,29 @@ def info(request: Request) -> Response:
 
 
 def tree(request: Request) -> Response:
-    """The files, and without `recursive` the folders, at or below a path. All of them: there are at most 200."""
+    """What is in a folder, or with `recursive` all below it. In one page: a version has at most 200 files."""
     version, manifest = _find(request)
     folder = PurePosixPath(request.path_params.get("path", ""))
-    below = [entry for entry in manifest.files if folder in PurePosixPath(entry.path).parents]
+    below = [one for one in _entries(manifest) if folder in PurePosixPath(one["path"]).parents]
     if not below:
         raise UnknownFile(f"{version}/{folder}")
-    found = [*_folders(below), *map(_file, below)]
     if request.query_params.get("recursive", "").lower() == "true":
-        return JSONResponse([one for one in found if folder in PurePosixPath(one["path"]).parents])
-    return JSONResponse([one for one in found if folder == PurePosixPath(one["path"]).parent])
+        return JSONResponse(below)
+    return JSONResponse([one for one in below if folder == PurePosixPath(one["path"]).parent])
+
+
+async def paths_info(request: Request) -> Response:
+    """Of the paths in a form's `paths`, those that exist."""
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > FORM_BYTES:
+            raise TooLarge(f"the form is larger than {FORM_BYTES:,} bytes, which is the limit")
+    paths = parse_qs(body.decode(errors="replace")).get("paths")
+    if not paths:
+        raise InvalidRequest("the form's field 'paths' is missing", "paths")
+    _, manifest = await run_sync(_find, request)
+    return JSONResponse([one for one in _entries(manifest) if one["path"] in paths])
 
 
 def refs(request: Request) -> Response:
@@ -265,6 +284,10 @@ def _find(request: Request) -> tuple[Version, Manifest]:
     return version, registry.manifest(version.digest)
 
 
+def _entries(manifest: Manifest) -> list[dict[str, Any]]:
+    return [*_folders(manifest.files), *map(_file, manifest.files)]
+
+
 def _file(entry: FileEntry) -> dict[str, Any]:
     pointer = _pointer(entry)
     lfs = {"oid": entry.sha256, "size": entry.bytes, "pointerSize": len(pointer)}
@@ -279,7 +302,7 @@ def _sibling(entry: FileEntry, blobs: bool) -> dict[str, Any]:
     return {"rfilename": entry.path, "size": entry.bytes, "blobId": _git_id("blob", pointer), "lfs": lfs}
 
 
-def _folders(files: list[FileEntry]) -> list[dict[str, Any]]:
+def _folders(files: tuple[FileEntry, ...]) -> list[dict[str, Any]]:
     """The folders of files; each is named by what it holds, as a git tree is."""
     held: dict[str, bytes] = {}
     for entry in files:

@@ -161,6 +161,29 @@ def test_trees(hub, local):
         list(hub.list_repo_tree("ns/tagger", "notes/none"))
 
 
+def test_paths(hub):
+    asked = ["README.md", "notes", "none", "../catalog.sqlite3"]
+    found = hub.get_paths_info("ns/tagger", asked, revision="production")
+    assert {one.path for one in found} == {"README.md", "notes"}
+    assert hub.get_paths_info("ns/tagger", asked, revision="2") == []
+    with pytest.raises(RevisionNotFoundError):
+        hub.get_paths_info("ns/tagger", asked, revision="staging")
+    url = f"{hub.endpoint}/api/models/ns/tagger/paths-info/main"
+    assert httpx.post(url, json={"paths": asked}).status_code == 400
+    assert httpx.post(url, data={"paths": "x" * (1 << 20)}).status_code == 413
+
+
+def test_the_file_system(hub):
+    """`hf://` paths, as fsspec's users write them."""
+    files = huggingface_hub.HfFileSystem(endpoint=hub.endpoint, token=False)
+    assert files.glob("ns/tagger@v1/**/*.txt") == ["ns/tagger@v1/notes/resolve/seen.txt"]
+    assert files.info("ns/tagger@v1/notes")["type"] == "directory"
+    assert not files.exists("ns/tagger@v2/notes")
+    with files.open("ns/tagger@production/README.md") as stream:
+        stream.seek(-20, os.SEEK_END)
+        assert stream.read() == CARD[-20:]
+
+
 @pytest.mark.parametrize(
     ("repo", "revision", "kind"),
     [
