@@ -373,6 +373,22 @@ def test_the_hf_command(local, tmp_path):
         assert "ns/none" in unknown.stderr
 
 
+def test_another_registry_pushes_from_this_one(local, base, tmp_path):
+    """`registry push NAME hf://…`: our own client of the Hub, on our own server of its protocol."""
+    with serving_command(tmp_path / "registry") as environment:
+        code = "from loraplex_registry.cli import main; main()"
+        push = ["push", "copy", "hf://ns/tagger@production", "--base", str(base)]
+        command = [sys.executable, "-c", code, "--registry", str(tmp_path / "other"), *push]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+    with Registry(tmp_path / "other") as other:
+        version = other.resolve("copy:1")
+        assert version.message == f"from hf://ns/tagger@{commit(local, 1)}"
+        copied = {entry.path: (entry.bytes, entry.sha256) for entry in other.manifest(version.digest).files}
+    assert copied.keys() == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    assert copied.items() <= kept(local).items()
+
+
 _PEFT = """
 import sys
 import torch
