@@ -11,13 +11,13 @@ from datetime import UTC, datetime
 from itertools import chain
 from pathlib import PurePosixPath
 from typing import Any
-from urllib.parse import parse_qs
+from urllib.parse import parse_qs, quote
 
 from anyio.to_thread import run_sync
 from starlette.convertors import Convertor, register_url_convertor
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, RedirectResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from .errors import (
@@ -153,12 +153,16 @@ def commits(request: Request) -> Response:
 
 
 def resolve(request: Request) -> Response:
-    """A file, proven while it is sent: stock clients compare sizes alone. Its last bytes wait for the sha256."""
+    """A commit's file, proven while it is sent: stock clients compare sizes alone. Other revisions redirect to it."""
     version, manifest = _find(request)
     path, commit = request.path_params["path"], commit_of(version)
     entry = next((entry for entry in manifest.files if entry.path == path), None)
     if entry is None:
         return refusal(UnknownFile(f"{version}/{path}"), 404, {REPO_COMMIT: commit})
+    if request.path_params["revision"] != commit:
+        # Clients ask HEAD and then GET: both must be of one version, even where an alias moves in between.
+        pinned = f"{request.scope.get('root_path', '')}/{version.name}/resolve/{commit}/{quote(path)}"
+        return RedirectResponse(pinned, headers={REPO_COMMIT: commit})
     etag = f'"{entry.sha256}"'
     headers = {"ETag": etag, REPO_COMMIT: commit, "Accept-Ranges": "bytes"}
     asked = None

@@ -47,6 +47,7 @@ def local(tmp_path, base):
     (first / "notes").mkdir()
     (first / "notes" / "resolve").mkdir()
     (first / "notes" / "resolve" / "seen.txt").write_text("a folder called as a route")
+    (first / "notes" / "50% é #1?.md").write_text("a name that needs quoting")
     with Registry(tmp_path / "registry") as registry:
         registry.push("ns/tagger", first, base=base, message="the first\nwith a card")
         registry.promote("ns/tagger:1", "production")
@@ -58,6 +59,12 @@ def local(tmp_path, base):
 def hub(local):
     with served(local) as url:
         yield HfApi(endpoint=url, token=False)
+
+
+@pytest.fixture
+def web():
+    with httpx.Client(follow_redirects=True) as client:
+        yield client
 
 
 @pytest.fixture
@@ -155,7 +162,7 @@ def test_trees(hub, local):
     assert card.lfs.pointer_size == len(pointer)
     assert {one.path for one in everything} - found.keys() == {"notes", "notes/resolve"}
     assert {one.path for one in hub.list_repo_tree("ns/tagger")} == {"notes", *(p for p in kept(local) if "/" not in p)}
-    assert [one.path for one in hub.list_repo_tree("ns/tagger", "notes")] == ["notes/resolve"]
+    assert {one.path for one in hub.list_repo_tree("ns/tagger", "notes")} == {"notes/resolve", "notes/50% é #1?.md"}
     assert [one.path for one in hub.list_repo_tree("ns/tagger", "notes/resolve")] == ["notes/resolve/seen.txt"]
     with pytest.raises(EntryNotFoundError):
         list(hub.list_repo_tree("ns/tagger", "notes/none"))
@@ -235,12 +242,16 @@ def test_a_snapshot_is_the_version(hub, local, cache, tmp_path):
     assert Path(again) == folder
 
 
-def test_one_file_of_a_version(hub, local, cache):
-    file = Path(
-        hf_hub_download("ns/tagger", "notes/resolve/seen.txt", revision="v1", endpoint=hub.endpoint, cache_dir=cache)
-    )
-    assert file.read_text() == "a folder called as a route"
-    assert file.resolve().name == hashlib.sha256(file.read_bytes()).hexdigest()  # the ETag is the sha256
+@pytest.mark.parametrize("revision", ["production", "v1"])
+def test_one_file_of_a_version(hub, cache, revision):
+    for path, text in (
+        ("notes/resolve/seen.txt", "a folder called as a route"),
+        ("notes/50% é #1?.md", "a name that needs quoting"),
+    ):
+        places = {"revision": revision, "endpoint": hub.endpoint, "cache_dir": cache}
+        file = Path(hf_hub_download("ns/tagger", path, **places))
+        assert file.read_text() == text
+        assert file.resolve().name == hashlib.sha256(text.encode()).hexdigest()  # the ETag is the sha256
 
 
 def test_an_alias_that_moves_tears_no_snapshot(local, cache, tmp_path):
@@ -261,6 +272,27 @@ def test_an_alias_that_moves_tears_no_snapshot(local, cache, tmp_path):
         assert content(Path(snapshot_download("ns/tagger", **options))) == content(tmp_path / "2")
 
 
+def test_an_alias_that_moves_between_head_and_get(local, cache, tmp_path):
+    """The client takes the commit from HEAD and then GETs: both versions' weights have the same size, so it would keep
+    version 2's as version 1's."""
+    app, methods = create_app(local), []
+
+    async def moving(scope, receive, send):
+        if "/resolve/" in scope.get("path", ""):
+            methods.append(scope["method"])
+            if methods.count("GET") == 1:
+                local.promote("ns/tagger:2", "production")
+        await app(scope, receive, send)
+
+    local.pull("ns/tagger:1", tmp_path / "1")
+    with serving(moving) as url:
+        options = {"revision": "production", "endpoint": url, "cache_dir": cache}
+        file = Path(hf_hub_download("ns/tagger", "adapter_model.safetensors", **options))
+    assert local.resolve("ns/tagger@production").number == 2
+    assert file.parent.name == commit(local, 1)
+    assert file.read_bytes() == (tmp_path / "1" / file.name).read_bytes()
+
+
 @pytest.mark.parametrize(
     ("asked", "start", "stop"),
     [
@@ -272,28 +304,28 @@ def test_an_alias_that_moves_tears_no_snapshot(local, cache, tmp_path):
         (f"bytes=1-{10 * len(CARD)}", 1, len(CARD)),
     ],
 )
-def test_ranges(hub, asked, start, stop):
+def test_ranges(hub, web, asked, start, stop):
     url = f"{hub.endpoint}/ns/tagger/resolve/main/README.md"
-    answer = httpx.get(url, headers={"Range": asked})
+    answer = web.get(url, headers={"Range": asked})
     assert (answer.status_code, answer.content) == (206, CARD[start:stop])
     assert answer.headers["content-range"] == f"bytes {start}-{stop - 1}/{len(CARD)}"
-    changed = httpx.get(url, headers={"Range": asked, "If-Range": '"another"'})
+    changed = web.get(url, headers={"Range": asked, "If-Range": '"another"'})
     assert (changed.status_code, changed.content) == (200, CARD)
 
 
-def test_heads_and_ranges_that_are_none(hub, local):
+def test_heads_and_ranges_that_are_none(hub, web, local):
     url = f"{hub.endpoint}/ns/tagger/resolve/production/README.md"
-    head = httpx.head(url)
+    head = web.head(url)
     assert (head.status_code, head.headers["content-length"]) == (200, str(len(CARD)))
     assert head.headers["etag"] == f'"{hashlib.sha256(CARD).hexdigest()}"'
     assert head.headers["x-repo-commit"] == commit(local, 1)
-    beyond = httpx.get(url, headers={"Range": f"bytes={len(CARD)}-"})
+    beyond = web.get(url, headers={"Range": f"bytes={len(CARD)}-"})
     assert (beyond.status_code, beyond.headers["content-range"]) == (416, f"bytes */{len(CARD)}")
     for none in ("bytes=-", "bytes=1-2,4-5", "lines=1-2", "bytes=" + "9" * 5000 + "-"):
-        assert httpx.get(url, headers={"Range": none}).status_code == 200
+        assert web.get(url, headers={"Range": none}).status_code == 200
 
 
-def test_altered_bytes_never_arrive_as_a_file(hub, local, store, cache):
+def test_altered_bytes_never_arrive_as_a_file(hub, web, local, store, cache):
     """Stock clients compare sizes alone, so the server proves: a small file at once, a large one by its last bytes."""
     for entry in local.manifest(local.resolve("ns/tagger").digest).files:
         blob = store.path(entry.sha256)
@@ -304,11 +336,11 @@ def test_altered_bytes_never_arrive_as_a_file(hub, local, store, cache):
     assert list((cache / "models--ns--tagger").glob("snapshots/*/*")) == []
     card = f"{hub.endpoint}/ns/tagger/resolve/main/README.md"
     with pytest.raises(httpx.RemoteProtocolError, match="without sending complete message body"):
-        httpx.get(card)
-    answer = httpx.get(card, headers={"Range": "bytes=-1"})
+        web.get(card)
+    answer = web.get(card, headers={"Range": "bytes=-1"})
     assert (answer.status_code, "not what its digest says" in answer.json()["error"]) == (422, True)
     store.path(entry.sha256).unlink()
-    assert "is missing" in httpx.get(f"{hub.endpoint}/ns/tagger/resolve/main/{entry.path}").json()["error"]
+    assert "is missing" in web.get(f"{hub.endpoint}/ns/tagger/resolve/main/{entry.path}").json()["error"]
 
 
 # --- tokens ---
