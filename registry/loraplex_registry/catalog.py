@@ -170,6 +170,18 @@ class Catalog:
         with self._read() as db:
             return self._history(db, name, alias)
 
+    def last_move(self) -> int:
+        """The id of the ledger's last row; 0 when it has none. A row that comes later has a higher one."""
+        with self._read() as db:
+            return db.scalar(sa.select(sa.func.max(_moves.c.id))) or 0
+
+    def moves(self, after: int, name: str | None, alias: str | None, limit: int) -> list[AliasMove]:
+        """The ledger's rows after an id, oldest first, at most ``limit``: of a name and an alias, None meaning all."""
+        wanted = {column: word for column, word in (("name", name), ("alias", alias)) if word}
+        found = sa.select(_moves).where(_moves.c.id > after).filter_by(**wanted).order_by(_moves.c.id).limit(limit)
+        with self._read() as db:
+            return [_alias_move(row) for row in db.execute(found)]
+
     # --- acts ---
 
     def add(self, draft: Version) -> Version:
@@ -230,8 +242,9 @@ class Catalog:
             db.execute(_aliases.update().filter_by(**key).values(number=to))
         move = AliasMove(name, alias, now, to, who, datetime.now(UTC), reason, action)
         row = asdict(move) | {"at": move.at.isoformat()}
-        db.execute(_moves.insert().values({column: value for column, value in row.items() if column != "moved"}))
-        return move
+        kept = {column: value for column, value in row.items() if column not in ("moved", "id")}
+        (key_of_row,) = db.execute(_moves.insert().values(kept)).inserted_primary_key or (0,)
+        return replace(move, id=key_of_row)
 
     def _not_found(self, db: sa.Connection, ref: Reference) -> NotFound:
         names = db.scalars(sa.select(_versions.c.name).distinct()).all()
@@ -353,7 +366,7 @@ def _row(version: Version) -> dict[str, Any]:
 
 def _alias_move(row: sa.Row[Any]) -> AliasMove:
     move = AliasMove(row.name, row.alias, row.from_number, row.to_number, row.who, row.at, row.reason, row.action)
-    return replace(move, at=datetime.fromisoformat(row.at))
+    return replace(move, at=datetime.fromisoformat(row.at), id=row.id)
 
 
 def _begin(db: sa.Connection) -> None:

@@ -175,8 +175,7 @@ def import_(file: Path, name: str | None, base: str | None) -> None:
 def list_(style: str) -> None:
     """The newest version of every adapter, and where its aliases point."""
     with opened() as registry:
-        versions, aliases = registry.list(), registry.aliases()
-        where = getattr(registry, "root", None) or getattr(registry, "url", "")
+        versions, aliases, where = registry.list(), registry.aliases(), _where(registry)
     if style == "json":
         _print_json([_plain(version) | {"pointers": aliases.get(version.name, {})} for version in versions])
     elif not versions:
@@ -306,6 +305,22 @@ def history(ref: str, style: str) -> None:
 
 
 @verb
+@click.argument("ref", metavar="[NAME[@ALIAS]]", required=False)
+@click.option("--after", type=click.IntRange(0), metavar="ID", help="From the ledger's row ID on; default: from now.")
+@output_format
+def watch(ref: str | None, after: int | None, style: str) -> None:
+    """Print the moves of all aliases, of NAME's or of one, as they are made, until Ctrl-C."""
+
+    def cut(error: RegistryError) -> None:
+        click.echo(f"{error}; trying again", err=True)
+
+    with opened() as registry, suppress(KeyboardInterrupt), registry.watch(ref, after, cut) as moves:
+        click.echo(f"watching {ref or 'all aliases'} in {_where(registry)}", err=True)
+        for move in moves:
+            click.echo(json.dumps(_plain(move), ensure_ascii=False) if style == "json" else _move_line(move))
+
+
+@verb
 @click.argument("ref", required=False)
 @click.option("--all", "everything", is_flag=True, help="Every version; the default without REF.")
 @output_format
@@ -337,6 +352,7 @@ def serve(host: str, port: int, token_file: Path | None) -> None:
     import uvicorn
 
     from .http import create_app
+    from .watchers import StreamingServer
 
     tokens = _read_tokens(token_file)
     with opened() as registry:
@@ -347,7 +363,7 @@ def serve(host: str, port: int, token_file: Path | None) -> None:
         click.echo(f"registry {registry.root} at {url}", err=True)
         if not tokens and host not in ("127.0.0.1", "localhost", "::1"):
             click.echo("warning: no tokens are set, so everyone who reaches this address may push", err=True)
-        server = uvicorn.Server(uvicorn.Config(create_app(registry, tokens), log_level="warning"))
+        server = StreamingServer(uvicorn.Config(create_app(registry, tokens), log_level="warning"))
         with suppress(KeyboardInterrupt):  # Ctrl-C is how one ends it
             server.run(sockets=[listener])
 
@@ -399,8 +415,21 @@ def _say_move(move: AliasMove) -> None:
     if not move.moved:
         click.echo(f"{move} already points to {move.name}:{move.to_number}")
     else:
-        before = f"{move.name}:{move.from_number} → " if move.from_number else ""
-        click.echo(f"{move}: {before}{move.name}:{move.to_number}")
+        click.echo(_change(move))
+
+
+def _change(move: AliasMove) -> str:
+    before = f"{move.name}:{move.from_number} → " if move.from_number else ""
+    return f"{move}: {before}{move.name}:{move.to_number}"
+
+
+def _move_line(move: AliasMove) -> str:
+    reason = f": {' '.join(move.reason.split())}" if move.reason else ""  # one line, whatever was given
+    return f"{move.at.astimezone():%Y-%m-%d %H:%M:%S}  {_change(move)}  {move.action} by {move.who}{reason}"
+
+
+def _where(registry: Registry | RemoteRegistry) -> str:
+    return str(registry.root) if isinstance(registry, Registry) else registry.url
 
 
 def _print_versions(found: list[Version], style: str) -> None:

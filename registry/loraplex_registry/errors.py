@@ -20,6 +20,7 @@
     ├── BaseNotFound (FileNotFoundError)     the base model cannot be described
     ├── CorruptBlob (OSError)                bytes that are missing or are not what their digest says
     ├── FolderNotEmpty (FileExistsError)     a destination that holds something else
+    ├── TooManyWatchers (OSError)            a server that takes no more who watch
     ├── StoreUnavailable (OSError)           a data directory that cannot be used
     └── RemoteError (OSError)                a registry server that cannot be reached or answers nonsense
         └── Unauthorized (PermissionError)   the registry server wants another token
@@ -146,6 +147,10 @@ class CorruptBlob(RegistryError, OSError):
 
 class FolderNotEmpty(RegistryError, FileExistsError):
     code = "folder_not_empty"
+
+
+class TooManyWatchers(RegistryError, OSError):
+    code = "too_many_watchers"
 
 
 class StoreUnavailable(RegistryError, OSError):

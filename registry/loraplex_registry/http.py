@@ -26,6 +26,7 @@ from .reference import Reference, check_digest, check_name, parse_alias
 from .registry import SEARCH_LIMIT, Registry, writing
 from .uploads import Upload, forget, gather
 from .version import AliasMove, Fault, Version
+from .watchers import Watchers, watch
 from .wire import Proposal, dump, dump_error, load
 
 BODY_BYTES = 32 << 20  # a proposal carries the names and shapes of a base's tensors
@@ -43,6 +44,7 @@ STATUSES: dict[type[RegistryError], int] = {
     errors.TooLarge: 413,
     errors.InvalidAdapter: 422,
     errors.CorruptBlob: 422,
+    errors.TooManyWatchers: 503,
     errors.StoreUnavailable: 503,
 }
 
@@ -59,6 +61,7 @@ def create_app(registry: Registry, tokens: dict[str, str] | None = None) -> Star
             Route("/v1/search", search),
             Route("/v1/resolve", resolve),
             Route("/v1/history", history),
+            Route("/v1/watch", watch),
             Route("/v1/verify", verify),
             Route("/v1/promote", promote, methods=["POST"]),
             Route("/v1/rollback", rollback, methods=["POST"]),
@@ -71,6 +74,7 @@ def create_app(registry: Registry, tokens: dict[str, str] | None = None) -> Star
         exception_handlers={RegistryError: on_registry_error, HTTPException: on_http_error},
     )
     app.state.registry = registry
+    app.state.watchers = Watchers(registry.catalog)
     return app
 
 

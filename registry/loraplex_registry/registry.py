@@ -27,6 +27,7 @@ from .receipt import Receipt
 from .reference import Reference, check_alias, check_digest, check_name, parse_alias
 from .validate import CheckedAdapter, Limits, adapter_files, check_adapter
 from .version import AliasMove, Fault, Version
+from .watch import LedgerSource, Watch, ignore
 
 MESSAGE_CHARACTERS = 4096
 SEARCH_LIMIT = 1000
@@ -178,6 +179,16 @@ class Registry:
     def history(self, name: str, alias: str) -> "list[AliasMove]":
         """The alias's moves, oldest first. Raises UnknownAdapter, UnknownAlias."""
         return self.catalog.history(check_name(name), check_alias(alias))
+
+    def watch(
+        self, ref: str | None = None, after: int | None = None, cut: Callable[[RegistryError], None] = ignore
+    ) -> Watch:
+        """The moves of all aliases, of a name's, or of `name@alias`, as they are made, by whatever process.
+
+        From now on, or after the ledger's row `after` (a move's `id`). An alias may be watched before it is there. See
+        Watch for `cut` and how to end it. Raises InvalidReference, UnknownAdapter, InvalidRequest.
+        """
+        return Watch(LedgerSource(self.catalog, ref), after, cut)
 
     # --- content ---
 

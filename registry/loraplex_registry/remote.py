@@ -4,7 +4,7 @@ Trusts no bytes: manifests and files are proven by their digests here. Knows the
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -14,12 +14,14 @@ import httpx
 
 from .base import BaseDescription
 from .blobs import Progress, materialize, proven, read_chunks, silent
-from .errors import CorruptBlob, InvalidRequest, MissingBlobs, RemoteError, UnknownDigest
+from .errors import CorruptBlob, InvalidRequest, MissingBlobs, RegistryError, RemoteError, UnknownDigest
+from .events import StreamSource
 from .manifest import CHUNK_BYTES, FileEntry, Manifest, sha256_of
 from .reference import Reference, check_alias, check_digest, check_name, parse_alias
 from .registry import MANIFEST, SEARCH_LIMIT, Registry, find_base
 from .validate import Limits, adapter_files, check_adapter
 from .version import AliasMove, Fault, Version
+from .watch import Watch, ignore
 from .wire import Proposal, dump, load, load_error
 
 TIMEOUT_SECONDS = 60.0
@@ -99,6 +101,12 @@ class RemoteRegistry:
     def history(self, name: str, alias: str) -> "list[AliasMove]":
         ref = f"{check_name(name)}@{check_alias(alias)}"
         return _load(_Moves, self._ask("GET", "/v1/history", params={"ref": ref}, key="data"))
+
+    def watch(
+        self, ref: str | None = None, after: int | None = None, cut: Callable[[RegistryError], None] = ignore
+    ) -> Watch:
+        """As Registry.watch. A stream that is cut, or silent for too long, is asked for again where it broke off."""
+        return Watch(StreamSource(self._answer, ref), after, cut)
 
     def verify(self, ref: str | Reference | None = None) -> "list[Fault]":
         """As Registry.verify; the server hashes, so it may take as long as it takes."""

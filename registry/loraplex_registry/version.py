@@ -31,7 +31,7 @@ class Version:
 
 @dataclass(frozen=True)
 class AliasMove:
-    """One row of an alias's ledger. `from_number` is None when the alias was new."""
+    """One row of the ledger, which `id` numbers across all aliases. `from_number` is None when the alias was new."""
 
     name: str
     alias: str
@@ -41,6 +41,7 @@ class AliasMove:
     at: datetime
     reason: str
     action: str = "promote"  # or "rollback"
+    id: int = 0
     moved: bool = field(default=True, compare=False)  # False in an answer when the alias was there already
 
     def __str__(self) -> str:
