@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 
 import uvicorn
+from anyio import CapacityLimiter
 from anyio.to_thread import run_sync
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
@@ -20,6 +21,7 @@ from .watch import POLL_SECONDS, LedgerReader
 from .wire import dump_error
 
 WATCHERS = 256
+THREADS = 4  # of their own: pulls and verifications, which may hold all others, do not keep a move back
 HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # nginx would else keep events back
 
 
@@ -29,6 +31,7 @@ class Watchers:
     def __init__(self, catalog: Catalog, most: int = WATCHERS) -> None:
         self.catalog, self.most = catalog, most
         self.count, self.ended = 0, False
+        self._threads = CapacityLimiter(THREADS)
         self._moved = asyncio.Event()  # a new one for every wake
         self._looking: asyncio.Task[None] | None = None
 
@@ -64,7 +67,7 @@ class Watchers:
         while not self.ended:
             moved = self._moved  # before the read: a wake that comes after it is not missed
             try:
-                moves = await run_sync(reader.read)
+                moves = await run_sync(reader.read, limiter=self._threads)
             except RegistryError as error:
                 yield events.write_error(dump_error(error, "server_error"))
                 return
@@ -85,7 +88,7 @@ class Watchers:
         seen = -1
         while True:
             try:
-                last = await run_sync(self.catalog.last_move)
+                last = await run_sync(self.catalog.last_move, limiter=self._threads)
             except RegistryError:
                 last = -1  # those who are woken meet the same error, and tell it
                 self._wake()

@@ -18,6 +18,7 @@ import pytest
 import uvicorn
 from serving import serving
 from starlette.applications import Starlette
+from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
@@ -32,7 +33,7 @@ from loraplex_registry.errors import (
     Unauthorized,
     UnknownAdapter,
 )
-from loraplex_registry.events import read_events
+from loraplex_registry.events import Event, read_events, write_move, write_start
 from loraplex_registry.http import create_app
 from loraplex_registry.registry import Registry
 from loraplex_registry.remote import RemoteRegistry
@@ -214,6 +215,27 @@ def test_the_stream_goes_on_after_the_last_event_id(local, url):
             assert (move.id, json.loads(move.data)["to_number"]) == (str(second.id), 2)
 
 
+def test_events_are_read_whatever_the_pieces_they_come_in():
+    text = ": hello\r\nretry: 5\r\nid: 3\r\n\r\nevent: move\nid:4\ndata: é\u2028:\n\n:\n\nid: 5\ndata: cut off".encode()
+    for size in (1, 2, 7, 1000):
+        pieces = (text[start : start + size] for start in range(0, len(text), size))
+        assert list(read_events(pieces)) == [Event("3"), Event("4", "move", "é\u2028:")]
+
+
+def test_a_server_that_tells_a_move_again_is_not_believed(local):
+    """One that does not know `after`, or a proxy that replays, begins at the first move after each cut."""
+    moves = [local.history("a", "production")[0], *(local.promote(ref, "production") for ref in ("a:2", "a:1", "a:2"))]
+    lengths = iter((1, 2, 4))
+
+    def answer(_request: Request) -> Response:
+        parts = [write_start(0), *map(write_move, moves[: next(lengths)])]
+        return StreamingResponse(iter(parts), media_type="text/event-stream")
+
+    app = Starlette(routes=[Route("/v1/watch", answer)])
+    with serving(app) as url, RemoteRegistry(url) as remote, remote.watch(after=0) as watch:
+        assert list(islice(watch, 4)) == moves
+
+
 @pytest.mark.parametrize(
     ("query", "headers", "status", "code", "param"),
     [
@@ -233,7 +255,9 @@ def test_questions_that_cannot_be_answered(url, query, headers, status, code, pa
 
 
 def test_head_ends(url):
-    answer = httpx.head(f"{url}/v1/watch", timeout=SOON_SECONDS)
+    with httpx.Client(base_url=url, timeout=SOON_SECONDS) as client:
+        answer = client.head("/v1/watch")
+        assert client.get("/health").status_code == 200  # on the same connection, which a stream would hold
     assert (answer.status_code, answer.headers["content-type"].partition(";")[0]) == (200, "text/event-stream")
 
 
