@@ -57,7 +57,8 @@ class Watch:
         """Begin to read. Raises what is wrong with the question, or RemoteError when nobody answers it."""
         self._source, self._cut = source, cut
         self._closed, self._reading = threading.Event(), threading.RLock()  # a generator is for one thread at a time
-        self._failures, self._began = 0, monotonic()
+        self._failures = 0
+        self._reached_at: float | None = monotonic()  # when the first of these rows came
         self._rows: Generator[Row] | None = source.rows(after)
         first = next(self._rows, None)
         if first is None:
@@ -93,7 +94,7 @@ class Watch:
     def _read(self) -> AliasMove | None:
         """The next move, or None where there is none yet. A cut is noted, and waited over."""
         if self._rows is None:
-            self._rows, self._began = self._source.rows(self.after), monotonic()
+            self._rows, self._reached_at = self._source.rows(self.after), None
         try:
             seen, move = next(self._rows)
         except StopIteration:
@@ -103,13 +104,14 @@ class Watch:
         except (RemoteError, StoreUnavailable, TooManyWatchers) as error:
             self._lost(error)
         else:
+            self._reached_at = self._reached_at or monotonic()
             fresh, self.after = seen > self.after, max(seen, self.after)
             return move if fresh else None
         return None
 
     def _lost(self, error: RegistryError) -> None:
         self._let_go()
-        if monotonic() - self._began > LONGEST_PAUSE_SECONDS:
+        if self._reached_at and monotonic() - self._reached_at > LONGEST_PAUSE_SECONDS:
             self._failures = 0  # it was well for a while
         if not self._failures and not self._closed.is_set():
             self._cut(error)

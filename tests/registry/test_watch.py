@@ -21,6 +21,7 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from loraplex_registry import events
 from loraplex_registry.catalog import Catalog
@@ -453,6 +454,30 @@ def test_streams_that_are_cut_anywhere_lose_and_double_no_move(local, monkeypatc
                 assert "ended the stream before it began" in str(error)
         with watch:
             assert list(islice(watch, 4)) == made
+
+
+def test_a_server_that_takes_long_to_fail_is_told_of_once(local, monkeypatch):
+    """An address that answers nothing costs a try its whole time limit: that is not a time in which all was well."""
+    monkeypatch.setattr("loraplex_registry.watch.LONGEST_PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr(events, "SILENCE_SECONDS", 0.2)
+    cuts, tries = [], []
+
+    async def mute(scope: Scope, receive: Receive, send: Send) -> None:
+        tries.append(scope["path"])
+        if len(tries) == 1:
+            await PlainTextResponse(write_start(1), media_type="text/event-stream")(scope, receive, send)
+        else:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+
+    with serving(mute, lifespan="off") as url, RemoteRegistry(url) as remote, remote.watch(cut=cuts.append) as watch:
+        reader = threading.Thread(target=lambda: list(watch))
+        reader.start()
+        wait_until(lambda: len(tries) > 4)
+        watch.close()
+        reader.join(SOON_SECONDS)
+        assert not reader.is_alive()
+    assert [str(error) for error in cuts] == ["the registry ended the stream"]
 
 
 def test_a_server_that_falls_silent_is_given_up(local, url, monkeypatch):
