@@ -8,7 +8,7 @@ import os
 import sqlite3
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -33,9 +33,9 @@ from .errors import (
 from .manifest import BaseRef
 from .query import NUMBERS, SIGNS, Comparison, Field
 from .reference import Reference
+from .schema import SCHEMA_VERSION, check_schema, found_schema, migrate
 from .version import AliasMove, Version, previous_target
 
-SCHEMA_VERSION = 1
 BUSY_SECONDS = 30.0
 PRODUCTION = "production"
 
@@ -82,12 +82,6 @@ _moves = sa.Table(
     sa.Column("action", sa.Text, nullable=False),
     sa.Index("alias_moves_by_alias", "name", "alias", "id"),
 )
-_LEDGER_IS_APPEND_ONLY = [
-    f"CREATE TRIGGER alias_moves_no_{verb} BEFORE {verb} ON alias_moves "
-    "BEGIN SELECT RAISE(ABORT, 'the alias ledger is append-only'); END"
-    for verb in ("update", "delete")
-]
-
 _names_of = (
     sa.select(sa.func.aggregate_strings(_aliases.c.alias, " "))
     .where(_aliases.c.name == _versions.c.name, _aliases.c.number == _versions.c.number)
@@ -112,11 +106,12 @@ class Catalog:
             "sqlite://", creator=self._connect, poolclass=sa.QueuePool if self.writable else sa.NullPool, **pool
         )
         sqlalchemy.event.listen(self._engine, "begin", _begin)
-        with self._read() as db:
-            found = db.exec_driver_sql("PRAGMA user_version").scalar_one()
-        if found != SCHEMA_VERSION:
+        try:
+            with self._read() as db:
+                check_schema(db, file)
+        except StoreUnavailable:
             self.close()
-            raise StoreUnavailable(f"'{file}' has schema version {found}, this loraplex reads {SCHEMA_VERSION}")
+            raise
 
     def close(self) -> None:
         self._engine.dispose()
@@ -392,20 +387,40 @@ def _open(file: Path, mode: str) -> sqlite3.Connection:
     return db
 
 
+def upgrade_catalog(file: Path) -> tuple[int, int]:
+    """Bring a catalog's schema to this release's, in one transaction; returns the schema before and after.
+
+    Raises StoreUnavailable: there is no catalog, it is newer, it cannot be written.
+    """
+    if not file.exists():
+        raise StoreUnavailable(f"there is no registry in '{file.parent}': it has no {file.name}")
+    with _one_clear_error(file), _migrating(file) as db:
+        before = found_schema(db)
+        if not 1 <= before < SCHEMA_VERSION:
+            check_schema(db, file)
+            return before, before
+        migrate(db)
+        return before, SCHEMA_VERSION
+
+
+@contextmanager
+def _migrating(file: Path) -> Iterator[sa.Connection]:
+    engine = sa.create_engine("sqlite://", creator=lambda: _open(file, "mode=rw"), poolclass=sa.NullPool)
+    sqlalchemy.event.listen(engine, "begin", _begin)
+    with engine.connect() as db, db.execution_options(immediate=True).begin():
+        yield db
+
+
 def _create(file: Path) -> None:
     """Make the catalog beside its place and link it there whole: of two makers one wins, a killed one leaves none."""
     with _one_clear_error(file):
         handle, partial = tempfile.mkstemp(dir=file.parent, prefix=".catalog.")
         os.close(handle)
         try:
-            engine = sa.create_engine(f"sqlite:///{quote(partial)}")
-            with engine.connect() as db:
-                db.exec_driver_sql("PRAGMA journal_mode=WAL")
-                _metadata.create_all(db)
-                for statement in (*_LEDGER_IS_APPEND_ONLY, f"PRAGMA user_version={SCHEMA_VERSION}"):
-                    db.exec_driver_sql(statement)
-                db.commit()
-            engine.dispose()
+            with closing(_open(Path(partial), "mode=rw")) as raw:
+                raw.execute("PRAGMA journal_mode=WAL")
+            with _migrating(Path(partial)) as db:
+                migrate(db)
             with Path(partial).open("rb") as stream:
                 os.fsync(stream.fileno())
             os.link(partial, file)

@@ -17,10 +17,11 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from rich.table import Table
 
 from .archive import export_versions, import_versions
+from .catalog import upgrade_catalog
 from .diff import Diff, compare
 from .errors import InvalidAdapter, RegistryError, StoreUnavailable
 from .reference import HubReference, Reference, check_name, parse_alias
-from .registry import SEARCH_LIMIT, Registry
+from .registry import CATALOG, SEARCH_LIMIT, Registry
 from .remote import RemoteRegistry, open_registry
 from .version import AliasMove, Fault, Version
 from .wire import dump
@@ -366,6 +367,22 @@ def serve(host: str, port: int, token_file: Path | None) -> None:
         server = StreamingServer(uvicorn.Config(create_app(registry, tokens), log_level="warning"))
         with suppress(KeyboardInterrupt):  # Ctrl-C is how one ends it
             server.run(sockets=[listener])
+
+
+@cli.group()
+def db() -> None:
+    """Care for the catalog of a registry in a folder."""
+
+
+@db.command()
+@click.pass_obj
+def upgrade(where: str | None) -> None:
+    """Bring the catalog of an older release to this release's schema. Stop what uses the registry first."""
+    if where and where.startswith(("http://", "https://")):
+        raise OneLine(f"db upgrade needs a folder, not {where}")
+    root = Path(where).expanduser() if where else Registry.default_root()
+    before, after = upgrade_catalog(root / CATALOG)
+    click.echo(f"{root}: schema {before}" + (f" → {after}" if after != before else ", nothing to upgrade"))
 
 
 # --- words and tables ---

@@ -31,6 +31,7 @@ from .watch import LedgerSource, Watch, ignore
 
 MESSAGE_CHARACTERS = 4096
 SEARCH_LIMIT = 1000
+CATALOG = "catalog.sqlite3"
 MANIFEST = "manifest.json"  # how errors and faults call the manifest; it is stored by its digest
 
 
@@ -48,7 +49,7 @@ class Registry:
         except OSError as error:
             raise StoreUnavailable(f"the data directory '{self.root}' cannot be made: {error.strerror}") from error
         self.store = BlobStore(self.root)
-        self.catalog = Catalog(self.root / "catalog.sqlite3")
+        self.catalog = Catalog(self.root / CATALOG)
 
     @staticmethod
     def default_root() -> Path:
