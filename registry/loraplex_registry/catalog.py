@@ -20,6 +20,8 @@ import sqlalchemy.event
 import sqlalchemy.exc
 
 from .errors import (
+    DeletedVersion,
+    NotDeleted,
     NotFound,
     NothingToRollBack,
     RegistryError,
@@ -29,12 +31,13 @@ from .errors import (
     UnknownAlias,
     UnknownDigest,
     UnknownVersion,
+    VersionInUse,
 )
 from .manifest import BaseRef
 from .query import NUMBERS, SIGNS, Comparison, Field
 from .reference import Reference
 from .schema import SCHEMA_VERSION, check_schema, found_schema, migrate
-from .version import AliasMove, Version, previous_target
+from .version import AliasMove, Deletion, Version, previous_target
 
 BUSY_SECONDS = 30.0
 PRODUCTION = "production"
@@ -58,6 +61,7 @@ _versions = sa.Table(
     sa.Column("created_at", sa.Text, nullable=False),
     sa.Column("created_by", sa.Text, nullable=False),
     sa.Column("message", sa.Text, nullable=False),
+    sa.Column("deleted_at", sa.Text),  # the row stays, so that its number is never given again
     sa.UniqueConstraint("name", "digest"),
 )
 _aliases = sa.Table(
@@ -82,13 +86,28 @@ _moves = sa.Table(
     sa.Column("action", sa.Text, nullable=False),
     sa.Index("alias_moves_by_alias", "name", "alias", "id"),
 )
+_deletions = sa.Table(
+    "deletions",
+    _metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("name", sa.Text, nullable=False),
+    sa.Column("number", sa.Integer, nullable=False),
+    sa.Column("action", sa.Text, nullable=False),
+    sa.Column("who", sa.Text, nullable=False),
+    sa.Column("at", sa.Text, nullable=False),
+    sa.Column("reason", sa.Text, nullable=False),
+    sa.Index("deletions_by_version", "name", "number", "id"),
+)
+
 _names_of = (
     sa.select(sa.func.aggregate_strings(_aliases.c.alias, " "))
     .where(_aliases.c.name == _versions.c.name, _aliases.c.number == _versions.c.number)
     .scalar_subquery()
     .label("aliases")
 )
-_SELECT = sa.select(_versions, _names_of)
+_LIVE = _versions.c.deleted_at.is_(None)
+_EVERY = sa.select(_versions, _names_of)
+_SELECT = _EVERY.where(_LIVE)
 
 
 class Catalog:
@@ -133,7 +152,7 @@ class Catalog:
 
     def newest(self) -> list[Version]:
         """The newest version of each name, by name."""
-        last = sa.select(_versions.c.name, sa.func.max(_versions.c.number)).group_by(_versions.c.name)
+        last = sa.select(_versions.c.name, sa.func.max(_versions.c.number)).where(_LIVE).group_by(_versions.c.name)
         newest = _SELECT.where(sa.tuple_(_versions.c.name, _versions.c.number).in_(last)).order_by(_versions.c.name)
         with self._read() as db:
             return [_version(row) for row in db.execute(newest)]
@@ -180,9 +199,15 @@ class Catalog:
     # --- acts ---
 
     def add(self, draft: Version) -> Version:
-        """Give the draft its number, or return the version of that name that has its digest already."""
+        """Give the draft its number, or return the version of that name that has its digest already.
+
+        If that one was deleted, it is restored.
+        """
         with self._write() as db:
-            same = db.execute(_SELECT.where(_versions.c.name == draft.name, _versions.c.digest == draft.digest)).first()
+            same = db.execute(_EVERY.where(_versions.c.name == draft.name, _versions.c.digest == draft.digest)).first()
+            if same and same.deleted_at:  # whoever pushes wants it here; its bytes are again, even if gc removed them
+                self._note(db, same.name, same.number, "restore", draft.created_by, "pushed again")
+                return replace(_version(same), restored=True)
             if same:
                 return _version(same)
             last = db.scalar(sa.select(sa.func.max(_versions.c.number)).where(_versions.c.name == draft.name))
@@ -204,12 +229,32 @@ class Catalog:
         """Point an alias at its previous target, or at version `to`. Raises NotFound, NothingToRollBack."""
         with self._write() as db:
             moves = self._history(db, name, alias)
-            target = previous_target(moves) if to is None else self._resolve(db, Reference(name, version=to)).number
+            target = previous_target(moves) if to is None else to
             if target is None:
                 raise NothingToRollBack(
                     f"{name}@{alias} has no target before {name}:{moves[-1].to_number}; give --to VERSION"
                 )
+            self._resolve(db, Reference(name, version=target))
             return self._move(db, name, alias, target, who, reason, "rollback")
+
+    def delete(self, name: str, number: int, who: str, reason: str) -> Deletion:
+        """Hide a version, until it is restored. Raises NotFound, VersionInUse."""
+        with self._write() as db:
+            version = self._resolve(db, Reference(name, version=number))
+            if version.aliases:
+                pointers = ", ".join(f"{name}@{alias}" for alias in version.aliases)
+                raise VersionInUse(f"{version} is not deleted: {pointers} points to it; promote another one first")
+            return self._note(db, name, number, "delete", who, reason)
+
+    def restore(self, name: str, number: int, who: str, reason: str) -> Deletion:
+        """Show a deleted version again. Raises NotFound, NotDeleted."""
+        with self._write() as db:
+            row = db.execute(_EVERY.where(_versions.c.name == name, _versions.c.number == number)).first()
+            if row is None:
+                raise self._not_found(db, Reference(name, version=number))
+            if row.deleted_at is None:
+                raise NotDeleted(f"{name}:{number} is not deleted")
+            return self._note(db, name, number, "restore", who, reason)
 
     # --- inside a transaction ---
 
@@ -241,13 +286,30 @@ class Catalog:
         (key_of_row,) = db.execute(_moves.insert().values(kept)).inserted_primary_key or (0,)
         return replace(move, id=key_of_row)
 
+    def _note(self, db: sa.Connection, name: str, number: int, action: str, who: str, reason: str) -> Deletion:
+        note = Deletion(name, number, action, who, datetime.now(UTC), reason)
+        at = note.at.isoformat()
+        db.execute(_deletions.insert().values(asdict(note) | {"at": at}))
+        now = {"deleted_at": at if action == "delete" else None}
+        db.execute(_versions.update().filter_by(name=name, number=number).values(now))
+        return note
+
+    def _last_deletion(self, db: sa.Connection, name: str, number: int) -> sa.Row[Any]:
+        mine = sa.select(_deletions).filter_by(name=name, number=number)
+        return db.execute(mine.order_by(_deletions.c.id.desc()).limit(1)).one()
+
     def _not_found(self, db: sa.Connection, ref: Reference) -> NotFound:
-        names = db.scalars(sa.select(_versions.c.name).distinct()).all()
+        if ref.version or ref.digest:
+            deleted = db.execute(_EVERY.where(_versions.c.name == ref.name, *_condition(ref))).first()
+            if deleted:
+                last = self._last_deletion(db, deleted.name, deleted.number)
+                return DeletedVersion(str(ref), f"{deleted.name}:{deleted.number}", last.who, deleted.deleted_at)
+        names = db.scalars(sa.select(_versions.c.name).where(_LIVE).distinct()).all()
         if ref.name not in names:
             near = difflib.get_close_matches(ref.name, names, n=1)
             return UnknownAdapter(str(ref), near[0] if near else None)
         if ref.version:
-            newest = db.scalar(sa.select(sa.func.max(_versions.c.number)).where(_versions.c.name == ref.name))
+            newest = db.scalar(sa.select(sa.func.max(_versions.c.number)).where(_versions.c.name == ref.name, _LIVE))
             return UnknownVersion(str(ref), f"{ref.name}:{newest}")
         if ref.digest:
             return UnknownDigest(str(ref))
@@ -288,7 +350,7 @@ def _condition(ref: Reference) -> tuple[sa.ColumnElement[bool], ...]:
     pointed = sa.select(_aliases.c.number).where(*named).scalar_subquery()
     if ref.alias is not None:
         return (_versions.c.number == pointed,)
-    newest = sa.select(sa.func.max(_versions.c.number).label("n")).where(_versions.c.name == ref.name)
+    newest = sa.select(sa.func.max(_versions.c.number).label("n")).where(_versions.c.name == ref.name, _LIVE)
     # The inner select must not be correlated with the outer one: it looks at all versions of the name.
     return (_versions.c.number == sa.func.coalesce(pointed, newest.correlate(None).scalar_subquery()),)
 
@@ -355,7 +417,7 @@ def _version(row: sa.Row[Any]) -> Version:
 
 def _row(version: Version) -> dict[str, Any]:
     row = asdict(version) | {f"base_{key}": value for key, value in asdict(version.base).items()}
-    row |= {"targets": list(version.targets), "created_at": version.created_at.isoformat()}
+    row |= {"targets": list(version.targets), "created_at": version.created_at.isoformat(), "deleted_at": None}
     return {column.name: row[column.name] for column in _versions.columns}
 
 

@@ -112,7 +112,7 @@ def push(name: str, folder: str | None, base: str | None, message: str) -> None:
     if version.pushed:
         click.echo(f"pushed {version} ({decimal(version.bytes)}, rank {version.rank}) {version.digest}")
     else:
-        click.echo(f"already {version} {version.digest}")
+        click.echo(f"{'restored' if version.restored else 'already'} {version} {version.digest}")
 
 
 @verb
@@ -134,6 +134,24 @@ def rollback(ref: str, number: int | None, reason: str) -> None:
     """Point an alias back at its previous target, or at a given version."""
     with opened() as registry:
         _say_move(registry.rollback(ref, number, reason))
+
+
+@verb
+@click.argument("ref", metavar="NAME:VERSION")
+@click.option("--reason", default="", help="Why, for the ledger.")
+def delete(ref: str, reason: str) -> None:
+    """Hide a version: it neither resolves nor is listed. Refused while an alias points to it."""
+    with opened() as registry:
+        click.echo(f"deleted {registry.delete(ref, reason)}; to bring it back: registry restore {ref}")
+
+
+@verb
+@click.argument("ref", metavar="NAME:VERSION")
+@click.option("--reason", default="", help="Why, for the ledger.")
+def restore(ref: str, reason: str) -> None:
+    """Bring a deleted version back."""
+    with opened() as registry:
+        click.echo(f"restored {registry.restore(ref, reason)}")
 
 
 @verb
@@ -481,7 +499,7 @@ def _when(version: Version) -> str:
 def _plain(item: Version | AliasMove) -> dict[str, Any]:
     """What the item is, without what the last act did to it."""
     fields = dump(type(item), item)
-    return {key: value for key, value in fields.items() if key not in ("pushed", "moved")}
+    return {key: value for key, value in fields.items() if key not in ("pushed", "restored", "moved")}
 
 
 def _table(*columns: str) -> Table:

@@ -8,12 +8,15 @@
     ├── InvalidQuery (ValueError)            a search that cannot be read
     ├── NothingToRollBack (ValueError)       an alias without an earlier target
     ├── RequirementNotMet (ValueError)       a version that lacks what its promotion requires
+    ├── VersionInUse (ValueError)            a version that is not deleted, because aliases point to it
+    ├── NotDeleted (ValueError)              a version that is not restored, because it is there
     ├── NotFound (LookupError)               .ref, .nearest
     │   ├── UnknownAdapter
     │   ├── UnknownVersion
     │   ├── UnknownAlias
     │   ├── UnknownDigest
     │   └── UnknownFile
+    │   └── DeletedVersion                   .version, .who, .at
     ├── InvalidRequest (ValueError)          an HTTP request that cannot be read; .param
     ├── TooLarge (ValueError)                more bytes than the registry takes
     ├── MissingBlobs (LookupError)           files that a push names and nobody uploaded; .digests
@@ -73,6 +76,14 @@ class RequirementNotMet(RegistryError, ValueError):
     code = "requirement_not_met"
 
 
+class VersionInUse(RegistryError, ValueError):
+    code = "version_in_use"
+
+
+class NotDeleted(RegistryError, ValueError):
+    code = "not_deleted"
+
+
 class InvalidRequest(RegistryError, ValueError):
     """`param` names the field or query parameter that is wrong, if it is one."""
 
@@ -129,6 +140,17 @@ class UnknownDigest(NotFound):
 class UnknownFile(NotFound):
     code = "file_not_found"
     what = "file"
+
+
+class DeletedVersion(NotFound):
+    """`ref` stands for `version`, which `who` deleted `at` a time; it can be brought back."""
+
+    code = "version_deleted"
+
+    def __init__(self, ref: str, version: str, who: str, at: str, nearest: str | None = None) -> None:
+        self.ref, self.version, self.who, self.at, self.nearest = ref, version, who, at, nearest
+        told = f"'{ref}' was deleted by {who} at {at}; to bring it back: registry restore {version}"
+        LookupError.__init__(self, told)
 
 
 class BaseNotFound(RegistryError, FileNotFoundError):

@@ -5,6 +5,7 @@ server reads no path that a caller names; it checks the adapter against the desc
 """
 
 import hmac
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from .manifest import FileEntry
 from .reference import Reference, check_digest, check_name, parse_alias
 from .registry import SEARCH_LIMIT, Registry, writing
 from .uploads import Upload, forget, gather
-from .version import AliasMove, Fault, Version
+from .version import AliasMove, Deletion, Fault, Version
 from .watchers import Watchers, watch
 from .wire import Proposal, dump, dump_error, load
 
@@ -41,6 +42,8 @@ STATUSES: dict[type[RegistryError], int] = {
     errors.MissingBlobs: 409,
     errors.NothingToRollBack: 409,
     errors.RequirementNotMet: 409,
+    errors.VersionInUse: 409,
+    errors.NotDeleted: 409,
     errors.TooLarge: 413,
     errors.InvalidAdapter: 422,
     errors.CorruptBlob: 422,
@@ -65,6 +68,8 @@ def create_app(registry: Registry, tokens: dict[str, str] | None = None) -> Star
             Route("/v1/verify", verify),
             Route("/v1/promote", promote, methods=["POST"]),
             Route("/v1/rollback", rollback, methods=["POST"]),
+            Route("/v1/delete", delete, methods=["POST"]),
+            Route("/v1/restore", restore, methods=["POST"]),
             Route("/v1/manifests/{digest}", get_manifest),
             Route("/v1/blobs/{digest}", get_blob),
             Route("/v1/blobs/{digest}", put_blob, methods=["PUT"]),
@@ -209,6 +214,20 @@ async def rollback(request: Request) -> Response:
         lambda: registry.rollback(body["ref"], body.get("to"), body.get("reason", ""), who=_who(request))
     )
     return JSONResponse(dump(AliasMove, move))
+
+
+async def delete(request: Request) -> Response:
+    return await _deletion(request, _registry(request).delete)
+
+
+async def restore(request: Request) -> Response:
+    return await _deletion(request, _registry(request).restore)
+
+
+async def _deletion(request: Request, act: Callable[..., Deletion]) -> Response:
+    body, who = _fields(await _json(request), {"ref": str}, {"reason": str}), _who(request)
+    note = await run_sync(lambda: act(body["ref"], body.get("reason", ""), who=who))
+    return JSONResponse(dump(Deletion, note))
 
 
 # --- requests in, errors out ---

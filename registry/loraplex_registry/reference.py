@@ -88,6 +88,14 @@ def check_digest(text: str) -> str:
     return text
 
 
+def parse_version(text: str) -> tuple[str, int]:
+    """Read `name:3` into its two parts. Raises InvalidReference."""
+    ref = Reference.parse(text)
+    if ref.version is None:
+        raise InvalidReference(f"'{text}' names no version by its number: expected for instance {ref.name}:3")
+    return ref.name, ref.version
+
+
 def parse_alias(text: str) -> tuple[str, str]:
     """Read `name@alias` into its two parts. Raises InvalidReference."""
     ref = Reference.parse(text)

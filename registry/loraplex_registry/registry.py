@@ -24,9 +24,9 @@ from .errors import BaseNotFound, InvalidAdapter, InvalidManifest, InvalidQuery,
 from .manifest import BaseRef, FileEntry, Manifest
 from .query import Comparison, parse_query, parse_sort
 from .receipt import Receipt
-from .reference import Reference, check_alias, check_digest, check_name, parse_alias
+from .reference import Reference, check_alias, check_digest, check_name, parse_alias, parse_version
 from .validate import CheckedAdapter, Limits, adapter_files, check_adapter
-from .version import AliasMove, Fault, Version
+from .version import AliasMove, Deletion, Fault, Version
 from .watch import LedgerSource, Watch, ignore
 
 MESSAGE_CHARACTERS = 4096
@@ -82,7 +82,8 @@ class Registry:
     ) -> Version:
         """Check an adapter folder against its base and keep it as the next version of `name`.
 
-        Bytes that a version of `name` has already make no new one: that version is returned, with `pushed` False.
+        Bytes that a version of `name` has already make no new one: that version is returned, with `pushed` False;
+        if it was deleted, it is restored.
         Raises InvalidReference, InvalidAdapter, BaseNotFound, StoreUnavailable.
         """
         check_name(name)
@@ -176,6 +177,19 @@ class Registry:
         """
         with writing(self.root):
             return self.catalog.rollback(*parse_alias(ref), to, who or whoami(), reason)
+
+    def delete(self, ref: str, reason: str = "", *, who: str | None = None) -> Deletion:
+        """Hide the version `name:3`: it neither resolves nor is listed, until it is restored or pushed again.
+
+        Its number is never given again. Raises InvalidReference, NotFound, VersionInUse when an alias points to it.
+        """
+        with writing(self.root):
+            return self.catalog.delete(*parse_version(ref), who or whoami(), reason)
+
+    def restore(self, ref: str, reason: str = "", *, who: str | None = None) -> Deletion:
+        """Show the deleted version `name:3` again. Raises InvalidReference, NotFound, NotDeleted."""
+        with writing(self.root):
+            return self.catalog.restore(*parse_version(ref), who or whoami(), reason)
 
     def history(self, name: str, alias: str) -> "list[AliasMove]":
         """The alias's moves, oldest first. Raises UnknownAdapter, UnknownAlias."""

@@ -17,10 +17,10 @@ from .blobs import Progress, materialize, proven, read_chunks, silent
 from .errors import CorruptBlob, InvalidRequest, MissingBlobs, RegistryError, RemoteError, UnknownDigest
 from .events import StreamSource
 from .manifest import CHUNK_BYTES, FileEntry, Manifest, sha256_of
-from .reference import Reference, check_alias, check_digest, check_name, parse_alias
+from .reference import Reference, check_alias, check_digest, check_name, parse_alias, parse_version
 from .registry import MANIFEST, SEARCH_LIMIT, Registry, find_base
 from .validate import Limits, adapter_files, check_adapter
-from .version import AliasMove, Fault, Version
+from .version import AliasMove, Deletion, Fault, Version
 from .watch import Watch, ignore
 from .wire import Proposal, dump, load, load_error
 
@@ -97,6 +97,14 @@ class RemoteRegistry:
     def rollback(self, ref: str, to: int | None = None, reason: str = "") -> AliasMove:
         parse_alias(ref)
         return _load(AliasMove, self._ask("POST", "/v1/rollback", json={"ref": ref, "to": to, "reason": reason}))
+
+    def delete(self, ref: str, reason: str = "") -> Deletion:
+        parse_version(ref)
+        return _load(Deletion, self._ask("POST", "/v1/delete", json={"ref": ref, "reason": reason}))
+
+    def restore(self, ref: str, reason: str = "") -> Deletion:
+        parse_version(ref)
+        return _load(Deletion, self._ask("POST", "/v1/restore", json={"ref": ref, "reason": reason}))
 
     def history(self, name: str, alias: str) -> "list[AliasMove]":
         ref = f"{check_name(name)}@{check_alias(alias)}"

@@ -1,4 +1,4 @@
-"""The registry's answers: a Version, an AliasMove, a Fault. Plain frozen data, the same from a folder or a URL."""
+"""The registry's answers: Version, AliasMove, Deletion, Fault. Plain frozen data, the same from a folder or a URL."""
 
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -24,6 +24,7 @@ class Version:
     message: str
     aliases: tuple[str, ...] = ()
     pushed: bool = field(default=False, compare=False)  # True only in the answer to the push that made it
+    restored: bool = field(default=False, compare=False)  # True only in the answer to the push that brought it back
 
     def __str__(self) -> str:
         return f"{self.name}:{self.number}"
@@ -46,6 +47,21 @@ class AliasMove:
 
     def __str__(self) -> str:
         return f"{self.name}@{self.alias}"
+
+
+@dataclass(frozen=True)
+class Deletion:
+    """One row of the ledger of deletions: a version was deleted, or brought back."""
+
+    name: str
+    number: int
+    action: str  # "delete" or "restore"
+    who: str
+    at: datetime
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.name}:{self.number}"
 
 
 @dataclass(frozen=True)

@@ -102,6 +102,23 @@ def test_export_and_import(run, trained, tmp_path):
     assert (missing.code, missing.err.startswith("error: ")) == (1, True)
 
 
+def test_delete_and_restore(run, trained):
+    run("push", "quotes-tagger")
+    deleted = run("delete", "quotes-tagger:1", "--reason", "wrong data")
+    assert deleted.out == "deleted quotes-tagger:1; to bring it back: registry restore quotes-tagger:1\n"
+    gone = run("show", "quotes-tagger:1")
+    assert (gone.code, gone.err.startswith("error: 'quotes-tagger:1' was deleted by ")) == (1, True)
+    assert run("restore", "quotes-tagger:1").out == "restored quotes-tagger:1\n"
+    run("delete", "quotes-tagger:1")
+    assert run("push", "quotes-tagger").out.startswith("restored quotes-tagger:1 sha256:")
+    run("promote", "quotes-tagger:1", "--to", "production")
+    refused = run("delete", "quotes-tagger:1")
+    assert (refused.code, refused.out) == (1, "")
+    assert refused.err == (
+        "error: quotes-tagger:1 is not deleted: quotes-tagger@production points to it; promote another one first\n"
+    )
+
+
 def test_an_empty_registry_says_what_to_do(run):
     answer = run("list")
     assert answer.code == 0

@@ -7,16 +7,19 @@ import pytest
 from loraplex_registry.errors import (
     BaseNotFound,
     CorruptBlob,
+    DeletedVersion,
     FolderNotEmpty,
     InvalidAdapter,
     InvalidQuery,
     InvalidReference,
+    NotDeleted,
     NothingToRollBack,
     RequirementNotMet,
     UnknownAdapter,
     UnknownAlias,
     UnknownDigest,
     UnknownVersion,
+    VersionInUse,
 )
 from loraplex_registry.registry import Registry
 from loraplex_registry.version import Fault
@@ -199,6 +202,79 @@ def test_a_promotion_may_require_what_the_version_must_have(push, registry):
     with pytest.raises(InvalidQuery, match="'better' is not a comparison: expected for instance"):
         registry.promote("quotes-tagger:2", "production", require=["better"])
     assert [m.to_number for m in registry.history("quotes-tagger", "production")] == [1]
+
+
+# --- delete and restore ---
+
+
+def test_a_deleted_version_is_neither_found_nor_listed(push, registry):
+    first, second = push(message="same words"), push(seed=1, message="same words")
+    note = registry.delete("quotes-tagger:2", "wrong data")
+    assert (str(note), note.action, note.reason) == ("quotes-tagger:2", "delete", "wrong data")
+    for ref in ("quotes-tagger:2", f"quotes-tagger@{second.digest}"):
+        with pytest.raises(DeletedVersion, match="to bring it back: registry restore quotes-tagger:2") as caught:
+            registry.resolve(ref)
+        assert (caught.value.ref, caught.value.who, caught.value.at) == (ref, note.who, note.at.isoformat())
+    with pytest.raises(DeletedVersion):
+        registry.promote("quotes-tagger:2", "production")
+    with pytest.raises(DeletedVersion):
+        registry.delete("quotes-tagger:2")
+    with pytest.raises(UnknownVersion) as unknown:
+        registry.resolve("quotes-tagger:3")
+    assert unknown.value.nearest == "quotes-tagger:1"
+    assert registry.resolve("quotes-tagger") == first
+    assert registry.list() == registry.versions("quotes-tagger") == registry.search("same") == [first]
+    assert push(seed=2).number == 3  # the number is never given again
+    registry.delete("quotes-tagger:1"), registry.delete("quotes-tagger:3")
+    assert registry.list() == []
+    with pytest.raises(UnknownAdapter):
+        registry.versions("quotes-tagger")
+    with pytest.raises(UnknownAdapter):
+        registry.resolve("quotes-tagger")
+    assert push(seed=3).number == 4
+
+
+def test_a_restored_version_is_what_it_was(push, registry, tmp_path):
+    version = push()
+    registry.delete("quotes-tagger:1")
+    assert registry.restore("quotes-tagger:1", "still needed").action == "restore"
+    assert registry.resolve("quotes-tagger") == version
+    assert registry.pull("quotes-tagger:1", tmp_path / "out") == version
+    with pytest.raises(NotDeleted, match="quotes-tagger:1 is not deleted"):
+        registry.restore("quotes-tagger:1")
+    with pytest.raises(UnknownVersion):
+        registry.restore("quotes-tagger:9")
+
+
+def test_the_same_bytes_again_restore_a_deleted_version(push, registry):
+    first = push()
+    push(seed=1)
+    registry.delete("quotes-tagger:1")
+    again = push()
+    assert (again.number, again.digest, again.pushed, again.restored) == (1, first.digest, False, True)
+    assert not push().restored
+    assert [version.number for version in registry.versions("quotes-tagger")] == [1, 2]
+
+
+def test_what_an_alias_points_to_is_not_deleted(push, registry):
+    push(), push(seed=1)
+    registry.promote("quotes-tagger:1", "production")
+    registry.promote("quotes-tagger:1", "staging")
+    with pytest.raises(VersionInUse, match="quotes-tagger@production, quotes-tagger@staging points to it"):
+        registry.delete("quotes-tagger:1")
+    for ref in ("quotes-tagger", "quotes-tagger@production"):
+        with pytest.raises(InvalidReference, match="names no version by its number: expected for instance q"):
+            registry.delete(ref)
+        with pytest.raises(InvalidReference):
+            registry.restore(ref)
+    registry.promote("quotes-tagger:2", "production"), registry.promote("quotes-tagger:2", "staging")
+    registry.delete("quotes-tagger:1")
+    with pytest.raises(DeletedVersion):
+        registry.rollback("quotes-tagger@production")
+    with pytest.raises(DeletedVersion):
+        registry.rollback("quotes-tagger@production", to=1)
+    registry.restore("quotes-tagger:1")
+    assert registry.rollback("quotes-tagger@production").to_number == 1
 
 
 # --- search ---

@@ -44,6 +44,22 @@ def test_the_ledger_cannot_be_rewritten(push, registry):
     db.close()
 
 
+def test_the_ledger_of_deletions_says_who_did_what(push, registry, base, tmp_path):
+    push()
+    registry.delete("quotes-tagger:1", "wrong data", who="ada")
+    registry.restore("quotes-tagger:1", who="bob")
+    registry.delete("quotes-tagger:1", who="cyd")
+    push()
+    with sqlite3.connect(registry.root / "catalog.sqlite3") as db:
+        rows = db.execute("SELECT action, who, reason FROM deletions ORDER BY id").fetchall()
+        for statement in ("DELETE FROM deletions", "UPDATE deletions SET who = 'eve'"):
+            with pytest.raises(sqlite3.IntegrityError, match="append-only"):
+                db.execute(statement)
+    db.close()
+    assert rows[:3] == [("delete", "ada", "wrong data"), ("restore", "bob", ""), ("delete", "cyd", "")]
+    assert (rows[3][0], rows[3][2]) == ("restore", "pushed again")
+
+
 def test_a_manifest_of_another_release_is_a_fault(push, registry):
     push()
     alien = b'{"format":"loraplex.adapter/99"}'
