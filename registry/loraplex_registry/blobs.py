@@ -4,13 +4,15 @@ Knows no versions. A file is staged (copied, flushed), then published by rename;
 staging leftovers, which a later push sweeps away.
 """
 
+import fcntl
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from .errors import CorruptBlob, FolderNotEmpty
@@ -29,6 +31,7 @@ class BlobStore:
 
     def __init__(self, root: Path) -> None:
         self.blobs, self.staging = root / "blobs" / "sha256", root / "staging"
+        self._lock = root / "publish.lock"
 
     def path(self, sha256: str) -> Path:
         return self.blobs / sha256[:2] / sha256
@@ -61,6 +64,33 @@ class BlobStore:
                 sync_folder(folder)
         staged.replace(target)
         sync_folder(target.parent)
+
+    # --- removing ---
+
+    def publishing(self) -> AbstractContextManager[None]:
+        """While this is held, no blob is removed: around putting a version's blobs in place and writing its row."""
+        return _locked(self._lock, fcntl.LOCK_SH)
+
+    def collecting(self) -> AbstractContextManager[None]:
+        """While this is held, nobody publishes. Waits until those who do are done."""
+        return _locked(self._lock, fcntl.LOCK_EX)
+
+    def remove_unmarked(self, marked: set[str], before: float, dry_run: bool) -> tuple[int, int]:
+        """Remove the blobs that are not marked and were last written at the time `before` or earlier.
+
+        Returns how many, and their bytes; a dry run only counts. The caller holds `collecting`.
+        """
+        files = total_bytes = 0
+        for file in self.blobs.glob("??/*"):
+            if not re.fullmatch("[0-9a-f]{64}", file.name) or file.name in marked:
+                continue
+            about = file.stat()
+            if about.st_mtime > before:
+                continue
+            if not dry_run:
+                file.unlink()
+            files, total_bytes = files + 1, total_bytes + about.st_size
+        return files, total_bytes
 
     # --- reading ---
 
@@ -128,6 +158,14 @@ def write_durably(chunks: Iterator[bytes], file: Path, progress: Progress = sile
 def read_chunks(file: Path) -> Iterator[bytes]:
     with file.open("rb") as stream:
         yield from iter(lambda: stream.read(CHUNK_BYTES), b"")
+
+
+@contextmanager
+def _locked(file: Path, how: int) -> Iterator[None]:
+    """A lock between processes and between threads: it belongs to this opening of the file, and ends with it."""
+    with file.open("ab") as stream:
+        fcntl.flock(stream, how)
+        yield
 
 
 def sync_folder(folder: Path) -> None:

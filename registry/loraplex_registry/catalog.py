@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -106,6 +106,14 @@ _names_of = (
     .label("aliases")
 )
 _LIVE = _versions.c.deleted_at.is_(None)
+_last_action = (
+    sa.select(_deletions.c.action)
+    .where(_deletions.c.name == _versions.c.name, _deletions.c.number == _versions.c.number)
+    .order_by(_deletions.c.id.desc())
+    .limit(1)
+    .scalar_subquery()
+)
+_HELD = sa.or_(_LIVE, _last_action != "purge")  # its bytes are there: it can be read, or restored
 _EVERY = sa.select(_versions, _names_of)
 _SELECT = _EVERY.where(_LIVE)
 
@@ -254,7 +262,37 @@ class Catalog:
                 raise self._not_found(db, Reference(name, version=number))
             if row.deleted_at is None:
                 raise NotDeleted(f"{name}:{number} is not deleted")
+            if not db.scalar(sa.select(_HELD).where(_versions.c.name == name, _versions.c.number == number)):
+                raise self._not_found(db, Reference(name, version=number))
             return self._note(db, name, number, "restore", who, reason)
+
+    def held(self) -> set[str]:
+        """The digests of all versions that can be read or restored."""
+        with self._read() as db:
+            return set(db.scalars(sa.select(_versions.c.digest).where(_HELD)))
+
+    @contextmanager
+    def forgetting(
+        self, grace_seconds: int, keep: int | None, who: str, dry_run: bool
+    ) -> Iterator[tuple[list[Version], list[Version], set[str]]]:
+        """Delete what is older than the newest `keep` of its name, and purge what was deleted before the grace.
+
+        Gives the versions deleted, the versions purged, and the digests still held; all becomes true when the block
+        ends without an error, unless it is a dry run. What an alias points to stays, and what its rollback leads to.
+        """
+        with self._write() as db:
+            surplus = [] if keep is None else self._surplus(db, keep)
+            for version in surplus:
+                self._note(db, version.name, version.number, "delete", who, f"gc --keep {keep}")
+            before = (datetime.now(UTC) - timedelta(seconds=grace_seconds)).isoformat()
+            order = (_versions.c.name, _versions.c.number)
+            gone = _EVERY.where(~_LIVE, _HELD, _versions.c.deleted_at <= before).order_by(*order)
+            purged = [_version(row) for row in db.execute(gone).all()]
+            for version in purged:
+                self._note(db, version.name, version.number, "purge", who, f"deleted {grace_seconds} s ago or earlier")
+            yield surplus, purged, set(db.scalars(sa.select(_versions.c.digest).where(_HELD)))
+            if dry_run:
+                db.rollback()
 
     # --- inside a transaction ---
 
@@ -290,20 +328,34 @@ class Catalog:
         note = Deletion(name, number, action, who, datetime.now(UTC), reason)
         at = note.at.isoformat()
         db.execute(_deletions.insert().values(asdict(note) | {"at": at}))
-        now = {"deleted_at": at if action == "delete" else None}
-        db.execute(_versions.update().filter_by(name=name, number=number).values(now))
+        if action != "purge":
+            now = {"deleted_at": at if action == "delete" else None}
+            db.execute(_versions.update().filter_by(name=name, number=number).values(now))
         return note
 
-    def _last_deletion(self, db: sa.Connection, name: str, number: int) -> sa.Row[Any]:
-        mine = sa.select(_deletions).filter_by(name=name, number=number)
+    def _surplus(self, db: sa.Connection, keep: int) -> list[Version]:
+        """What a name has beyond its newest `keep` versions, less what its aliases or their rollbacks need."""
+        pointers = db.execute(sa.select(_aliases.c.name, _aliases.c.alias)).all()
+        needed = {(name, previous_target(self._history(db, name, alias))) for name, alias in pointers}
+        rows = db.execute(_SELECT.order_by(_versions.c.name, _versions.c.number.desc()))
+        found: dict[str, list[Version]] = {}
+        for row in rows:
+            found.setdefault(row.name, []).append(_version(row))
+        older = [version for versions in found.values() for version in versions[keep:][::-1]]
+        return [one for one in older if not one.aliases and (one.name, one.number) not in needed]
+
+    def _deletion(self, db: sa.Connection, name: str, number: int) -> sa.Row[Any]:
+        """The row that says who deleted a deleted version."""
+        mine = sa.select(_deletions).filter_by(name=name, number=number, action="delete")
         return db.execute(mine.order_by(_deletions.c.id.desc()).limit(1)).one()
 
     def _not_found(self, db: sa.Connection, ref: Reference) -> NotFound:
         if ref.version or ref.digest:
-            deleted = db.execute(_EVERY.where(_versions.c.name == ref.name, *_condition(ref))).first()
+            every = sa.select(_versions, _HELD.label("held"))
+            deleted = db.execute(every.where(_versions.c.name == ref.name, *_condition(ref))).first()
             if deleted:
-                last = self._last_deletion(db, deleted.name, deleted.number)
-                return DeletedVersion(str(ref), f"{deleted.name}:{deleted.number}", last.who, deleted.deleted_at)
+                who, version = self._deletion(db, deleted.name, deleted.number).who, f"{deleted.name}:{deleted.number}"
+                return DeletedVersion(str(ref), version, who, deleted.deleted_at, purged=not deleted.held)
         names = db.scalars(sa.select(_versions.c.name).where(_LIVE).distinct()).all()
         if ref.name not in names:
             near = difflib.get_close_matches(ref.name, names, n=1)

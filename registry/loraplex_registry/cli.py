@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import sys
 import tempfile
@@ -152,6 +153,31 @@ def restore(ref: str, reason: str) -> None:
     """Bring a deleted version back."""
     with opened() as registry:
         click.echo(f"restored {registry.restore(ref, reason)}")
+
+
+def _seconds(_ctx: click.Context, option: click.Parameter, value: str) -> int:
+    found = re.fullmatch(r"(\d{1,9})([smhd])", value)
+    if not found:
+        raise click.BadParameter(f"'{value}', expected a number and s, m, h or d, for instance 2h", param=option)
+    return int(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
+
+
+@verb
+@click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
+@click.option(
+    "--grace", "grace_seconds", default="2h", callback=_seconds, metavar="TIME", help="Spare what is younger."
+)
+@click.option("--keep", type=click.IntRange(1), metavar="N", help="Delete all but the newest N versions of each name.")
+def gc(dry_run: bool, grace_seconds: int, keep: int | None) -> None:
+    """Remove the bytes of versions deleted before the grace, and blobs that no version refers to."""
+    with opened() as registry:
+        found = registry.gc(grace_seconds, keep, dry_run)
+    would = "would be " if dry_run else ""
+    for version in found.deleted:
+        click.echo(f"{version}: {would}deleted, {keep} newer ones are kept")
+    for version in found.purged:
+        click.echo(f"{version}: {would}purged, it was deleted before the grace")
+    click.echo(f"{found.files} files, {decimal(found.bytes)}, {would}removed")
 
 
 @verb

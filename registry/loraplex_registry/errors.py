@@ -17,6 +17,7 @@
     │   ├── UnknownDigest
     │   └── UnknownFile
     │   └── DeletedVersion                   .version, .who, .at
+    │   └── DeletedVersion                   .version, .who, .at, .purged
     ├── InvalidRequest (ValueError)          an HTTP request that cannot be read; .param
     ├── TooLarge (ValueError)                more bytes than the registry takes
     ├── MissingBlobs (LookupError)           files that a push names and nobody uploaded; .digests
@@ -143,14 +144,14 @@ class UnknownFile(NotFound):
 
 
 class DeletedVersion(NotFound):
-    """`ref` stands for `version`, which `who` deleted `at` a time; it can be brought back."""
+    """`ref` stands for `version`, which `who` deleted `at` a time; `purged`: its files are gone since."""
 
     code = "version_deleted"
 
-    def __init__(self, ref: str, version: str, who: str, at: str, nearest: str | None = None) -> None:
-        self.ref, self.version, self.who, self.at, self.nearest = ref, version, who, at, nearest
-        told = f"'{ref}' was deleted by {who} at {at}; to bring it back: registry restore {version}"
-        LookupError.__init__(self, told)
+    def __init__(self, ref: str, version: str, who: str, at: str, purged: bool = False, nearest: None = None) -> None:
+        self.ref, self.version, self.who, self.at, self.purged, self.nearest = ref, version, who, at, purged, nearest
+        back = "only a push of the same files brings it back" if purged else "to bring it back: registry restore "
+        LookupError.__init__(self, f"'{ref}' was deleted by {who} at {at}; {back}{'' if purged else version}")
 
 
 class BaseNotFound(RegistryError, FileNotFoundError):

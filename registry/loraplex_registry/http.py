@@ -26,7 +26,7 @@ from .manifest import FileEntry
 from .reference import Reference, check_digest, check_name, parse_alias
 from .registry import SEARCH_LIMIT, Registry, writing
 from .uploads import Upload, forget, gather
-from .version import AliasMove, Deletion, Fault, Version
+from .version import AliasMove, Collected, Deletion, Fault, Version
 from .watchers import Watchers, watch
 from .wire import Proposal, dump, dump_error, load
 
@@ -70,6 +70,7 @@ def create_app(registry: Registry, tokens: dict[str, str] | None = None) -> Star
             Route("/v1/rollback", rollback, methods=["POST"]),
             Route("/v1/delete", delete, methods=["POST"]),
             Route("/v1/restore", restore, methods=["POST"]),
+            Route("/v1/gc", gc, methods=["POST"]),
             Route("/v1/manifests/{digest}", get_manifest),
             Route("/v1/blobs/{digest}", get_blob),
             Route("/v1/blobs/{digest}", put_blob, methods=["PUT"]),
@@ -228,6 +229,12 @@ async def _deletion(request: Request, act: Callable[..., Deletion]) -> Response:
     body, who = _fields(await _json(request), {"ref": str}, {"reason": str}), _who(request)
     note = await run_sync(lambda: act(body["ref"], body.get("reason", ""), who=who))
     return JSONResponse(dump(Deletion, note))
+
+
+async def gc(request: Request) -> Response:
+    options = _fields(await _json(request), {}, {"grace_seconds": int, "keep": int, "dry_run": bool})
+    registry, who = _registry(request), _who(request)
+    return JSONResponse(dump(Collected, await run_sync(lambda: registry.gc(**options, who=who))))
 
 
 # --- requests in, errors out ---

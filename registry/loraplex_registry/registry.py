@@ -21,12 +21,13 @@ from .base import BaseDescription, describe_base
 from .blobs import BlobStore, Progress, materialize, read_chunks, silent, write_durably
 from .catalog import Catalog
 from .errors import BaseNotFound, InvalidAdapter, InvalidManifest, InvalidQuery, RegistryError, StoreUnavailable
+from .garbage import GRACE_SECONDS, collect
 from .manifest import BaseRef, FileEntry, Manifest
 from .query import Comparison, parse_query, parse_sort
 from .receipt import Receipt
 from .reference import Reference, check_alias, check_digest, check_name, parse_alias, parse_version
 from .validate import CheckedAdapter, Limits, adapter_files, check_adapter
-from .version import AliasMove, Deletion, Fault, Version
+from .version import AliasMove, Collected, Deletion, Fault, Version
 from .watch import LedgerSource, Watch, ignore
 
 MESSAGE_CHARACTERS = 4096
@@ -119,10 +120,11 @@ class Registry:
             checked = check_adapter(folder / "adapter", base, self.limits, files)
             manifest = Manifest(checked.files, base_ref(checked, base), checked.config)
             write_durably(iter([manifest.canonical()]), folder / MANIFEST)
-            for entry in manifest.files:
-                self.store.publish(folder / "adapter" / entry.path, entry.sha256)
-            self.store.publish(folder / MANIFEST, manifest.digest.removeprefix("sha256:"))
-            return self.catalog.add(_draft(name, checked, manifest, message, who or whoami()))
+            with self.store.publishing():
+                for entry in manifest.files:
+                    self.store.publish(folder / "adapter" / entry.path, entry.sha256)
+                self.store.publish(folder / MANIFEST, manifest.digest.removeprefix("sha256:"))
+                return self.catalog.add(_draft(name, checked, manifest, message, who or whoami()))
 
     # --- names ---
 
@@ -223,6 +225,32 @@ class Registry:
         version = self.resolve(ref)
         self.fetch(version.digest, dest)
         return version
+
+    def gc(
+        self,
+        grace_seconds: int = GRACE_SECONDS,
+        keep: int | None = None,
+        dry_run: bool = False,
+        *,
+        who: str | None = None,
+    ) -> Collected:
+        """Remove the bytes that nothing holds: of versions deleted before the grace, and of pushes that never ended.
+
+        With `keep`, first delete what is older than the newest `keep` versions of its name, except what an alias
+        points to or would roll back to. Never waits for a push to be checked, only for one that is being published.
+        Raises InvalidRequest; CorruptBlob or InvalidManifest, removing nothing, when a version's manifest cannot be
+        read: nobody knows then which files are its own.
+        """
+        with writing(self.root):
+            return collect(
+                self.store,
+                self.catalog,
+                self.manifest,
+                grace_seconds=grace_seconds,
+                keep=keep,
+                who=who or whoami(),
+                dry_run=dry_run,
+            )
 
     def verify(self, ref: str | Reference | None = None) -> "list[Fault]":
         """Hash every file of one version, or of all, and name each fault with each version it harms."""

@@ -16,11 +16,12 @@ from .base import BaseDescription
 from .blobs import Progress, materialize, proven, read_chunks, silent
 from .errors import CorruptBlob, InvalidRequest, MissingBlobs, RegistryError, RemoteError, UnknownDigest
 from .events import StreamSource
+from .garbage import GRACE_SECONDS
 from .manifest import CHUNK_BYTES, FileEntry, Manifest, sha256_of
 from .reference import Reference, check_alias, check_digest, check_name, parse_alias, parse_version
 from .registry import MANIFEST, SEARCH_LIMIT, Registry, find_base
 from .validate import Limits, adapter_files, check_adapter
-from .version import AliasMove, Deletion, Fault, Version
+from .version import AliasMove, Collected, Deletion, Fault, Version
 from .watch import Watch, ignore
 from .wire import Proposal, dump, load, load_error
 
@@ -65,14 +66,17 @@ class RemoteRegistry:
         files = check_adapter(folder, description, self.limits).files
         route = f"/v1/adapters/{name}/versions"
         proposal = dump(Proposal, Proposal(files, description, message))
-        try:
-            answer = self._ask("POST", route, json=proposal)
-        except MissingBlobs as missing:
-            for entry in files:
-                if f"sha256:{entry.sha256}" in missing.digests:
-                    self._upload(folder / entry.path, entry, progress)
-            answer = self._ask("POST", route, json=proposal)
-        return _load(Version, answer)
+        uploaded: set[str] = set()
+        while True:  # gc may remove an old blob that the server had when it was asked first: then it is uploaded too
+            try:
+                return _load(Version, self._ask("POST", route, json=proposal))
+            except MissingBlobs as missing:
+                if uploaded.issuperset(missing.digests):
+                    raise
+                for entry in files:
+                    if f"sha256:{entry.sha256}" in missing.digests:
+                        self._upload(folder / entry.path, entry, progress)
+                uploaded.update(missing.digests)
 
     def resolve(self, ref: str | Reference) -> Version:
         return _load(Version, self._ask("GET", "/v1/resolve", params={"ref": str(ref)}))
@@ -120,6 +124,11 @@ class RemoteRegistry:
         """As Registry.verify; the server hashes, so it may take as long as it takes."""
         params = {"ref": str(ref)} if ref else {}
         return _load(_Faults, self._ask("GET", "/v1/verify", params=params, timeout=None, key="data"))
+
+    def gc(self, grace_seconds: int = GRACE_SECONDS, keep: int | None = None, dry_run: bool = False) -> Collected:
+        """As Registry.gc; the server removes, so it may take as long as it takes."""
+        body = {"grace_seconds": grace_seconds, "keep": keep, "dry_run": dry_run}
+        return _load(Collected, self._ask("POST", "/v1/gc", json=body, timeout=None))
 
     def manifest(self, digest: str) -> Manifest:
         with self._answer("GET", f"/v1/manifests/{check_digest(digest)}") as response:

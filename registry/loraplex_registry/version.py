@@ -1,4 +1,4 @@
-"""The registry's answers: Version, AliasMove, Deletion, Fault. Plain frozen data, the same from a folder or a URL."""
+"""The registry's answers: a Version, an AliasMove, a Fault and others. Plain data, the same from a folder or a URL."""
 
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -51,17 +51,28 @@ class AliasMove:
 
 @dataclass(frozen=True)
 class Deletion:
-    """One row of the ledger of deletions: a version was deleted, or brought back."""
+    """One row of the ledger of deletions: a version was deleted, brought back, or purged by gc."""
 
     name: str
     number: int
-    action: str  # "delete" or "restore"
+    action: str  # "delete", "restore" or "purge"
     who: str
     at: datetime
     reason: str
 
     def __str__(self) -> str:
         return f"{self.name}:{self.number}"
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What one gc removed, or would have: versions as `name:3`, blobs as a count and their bytes."""
+
+    dry_run: bool
+    deleted: tuple[str, ...]  # because they are older than those to keep; restorable until the grace is over
+    purged: tuple[str, ...]  # deleted earlier, and now beyond restoring
+    files: int
+    bytes: int
 
 
 @dataclass(frozen=True)

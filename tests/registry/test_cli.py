@@ -119,6 +119,20 @@ def test_delete_and_restore(run, trained):
     )
 
 
+def test_gc(run, trained, tmp_path):
+    run("push", "quotes-tagger"), run("push", "quotes-tagger", tmp_path / "second")
+    assert run("gc").out == "0 files, 0 bytes, removed\n"
+    first, last = run("gc", "--keep", "1", "--dry-run", "--grace", "0s").out.splitlines()[::2]
+    assert first == "quotes-tagger:1: would be deleted, 1 newer ones are kept"
+    assert last.endswith(", would be removed")
+    assert run("gc", "--keep", "1").out.splitlines()[0] == "quotes-tagger:1: deleted, 1 newer ones are kept"
+    purged, removed = run("gc", "--grace", "0s").out.splitlines()
+    assert purged == "quotes-tagger:1: purged, it was deleted before the grace"
+    assert (removed[:8], removed[-9:]) == ("3 files,", ", removed")
+    wrong = run("gc", "--grace", "soon")
+    assert (wrong.code, "'soon', expected a number and s, m, h or d, for instance 2h" in wrong.err) == (2, True)
+
+
 def test_an_empty_registry_says_what_to_do(run):
     answer = run("list")
     assert answer.code == 0
