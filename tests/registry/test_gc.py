@@ -1,6 +1,9 @@
 """gc: what it removes, what it never does, and pushes under way; in a folder and behind a URL."""
 
 import os
+import signal
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from threading import Event, Thread
@@ -130,6 +133,43 @@ def test_options_that_cannot_be(registry, options, said):
     with pytest.raises(InvalidRequest, match=said) as caught:
         registry.gc(**options)
     assert caught.value.param == next(iter(options))
+
+
+KILLED = """
+import os, pathlib, signal, sys
+from loraplex_registry.registry import Registry
+root, fatal_call = sys.argv[1], int(sys.argv[2])
+calls = 0
+real = pathlib.Path.unlink
+def unlink(*arguments, **options):
+    global calls
+    calls += 1
+    if calls == fatal_call:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*arguments, **options)
+pathlib.Path.unlink = unlink
+Registry(root).gc(grace_seconds=0)
+"""
+
+
+@pytest.mark.parametrize("registry", ["folder"], indirect=True)
+def test_a_killed_gc_is_taken_up_by_the_next(push, registry, store):
+    """SIGKILL before the n-th removal: what is held is whole, the lock is free, and the next round removes the rest."""
+    push("kept")
+    held = blobs(store)
+    push(seed=1)
+    for fatal_call in (1, 2):  # its weights and its manifest are its own
+        push(seed=1)
+        registry.delete("quotes-tagger:1")
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+        killed = subprocess.run([sys.executable, "-c", KILLED, str(registry.root), str(fatal_call)], env=environment)
+        assert killed.returncode == -signal.SIGKILL
+        assert len(blobs(store) - held) == 3 - fatal_call
+        with pytest.raises(DeletedVersion, match="only a push of the same files"):
+            registry.restore("quotes-tagger:1")
+        assert registry.verify() == []
+        assert registry.gc(grace_seconds=0).files == 3 - fatal_call
+        assert blobs(store) == held
 
 
 def test_gc_during_pushes_breaks_none(registry, base, tmp_path):

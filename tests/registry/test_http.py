@@ -97,6 +97,39 @@ def test_bodies_that_cannot_be_read(http, body, param):
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
 
 
+@pytest.mark.parametrize(
+    ("route", "body", "status", "code", "param"),
+    [
+        ("delete", {"ref": "quotes-tagger"}, 400, "invalid_reference", None),
+        ("delete", {"ref": "quotes-tagger:1"}, 404, "adapter_not_found", "ref"),
+        ("delete", {}, 400, "invalid_request", "ref"),
+        ("restore", {"ref": "quotes-tagger:1", "why": "x"}, 400, "invalid_request", "why"),
+        ("gc", {"keep": True}, 400, "invalid_request", "keep"),
+        ("gc", {"keep": 0}, 400, "invalid_request", "keep"),
+        ("gc", {"grace_seconds": 1.5}, 400, "invalid_request", "grace_seconds"),
+        ("gc", {"grace": "2h"}, 400, "invalid_request", "grace"),
+    ],
+)
+def test_deletions_that_cannot_be(http, route, body, status, code, param):
+    answer = http.post(f"/v1/{route}", json=body)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"], error["param"]) == (status, code, param)
+
+
+def test_a_deletion_says_who_holds_the_token(local, base, tmp_path):
+    local.push("x", Adapter().write(tmp_path / "a", make_receipt(base)), base=base)
+    with served(local, {"secret": "ada"}) as url, httpx.Client(base_url=url) as client:
+        for route in ("delete", "restore", "gc"):
+            assert client.post(f"/v1/{route}", json={"ref": "x:1"}).status_code == 401
+        headers = {"Authorization": "Bearer secret"}
+        assert client.post("/v1/delete", json={"ref": "x:1"}, headers=headers).json()["who"] == "ada"
+        assert client.post("/v1/delete", json={"ref": "x:1"}, headers=headers).json()["error"]["detail"]["who"] == "ada"
+        local.promote(str(local.push("x", tmp_path / "a", base=base)), "production")
+        answer = client.post("/v1/delete", json={"ref": "x:1"}, headers=headers)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (409, "version_in_use")
+        assert client.post("/v1/gc", json={}, headers=headers).json()["files"] == 0
+
+
 def test_health_and_ready(http):
     assert http.get("/health").json() == {"status": "ok"}
     assert http.get("/ready").json() == {"status": "ready"}
