@@ -174,7 +174,7 @@ def gc(dry_run: bool, grace_seconds: int, keep: int | None) -> None:
         found = registry.gc(grace_seconds, keep, dry_run)
     would = "would be " if dry_run else ""
     for version in found.deleted:
-        click.echo(f"{version}: {would}deleted, {keep} newer ones are kept")
+        click.echo(f"{version}: {would}deleted, the newest {keep} are kept")
     for version in found.purged:
         click.echo(f"{version}: {would}purged, it was deleted before the grace")
     click.echo(f"{found.files} files, {decimal(found.bytes)}, {would}removed")
@@ -209,7 +209,8 @@ def import_(file: Path, name: str | None, base: str | None) -> None:
     """Push the versions of a file that `registry export` wrote; each keeps its digest and gets the next number."""
     with opened() as registry, _transfer("import", file.stat().st_size) as progress:
         for version in import_versions(registry, file, name=name, base=base, progress=progress):
-            click.echo(f"{'imported' if version.pushed else 'already'} {version} {version.digest}")
+            how = "imported" if version.pushed else "restored" if version.restored else "already"
+            click.echo(f"{how} {version} {version.digest}")
 
 
 # --- questions ---

@@ -98,6 +98,8 @@ def test_export_and_import(run, trained, tmp_path):
     assert first.startswith("imported copy:1 sha256:")
     assert second.startswith("imported copy:2 sha256:")
     assert run("import", file).out.startswith("already quotes-tagger:1 sha256:")
+    run("delete", "quotes-tagger:1")
+    assert run("import", file).out.startswith("restored quotes-tagger:1 sha256:")
     missing = run("import", tmp_path / "none.tar")
     assert (missing.code, missing.err.startswith("error: ")) == (1, True)
 
@@ -123,9 +125,9 @@ def test_gc(run, trained, tmp_path):
     run("push", "quotes-tagger"), run("push", "quotes-tagger", tmp_path / "second")
     assert run("gc").out == "0 files, 0 bytes, removed\n"
     first, last = run("gc", "--keep", "1", "--dry-run", "--grace", "0s").out.splitlines()[::2]
-    assert first == "quotes-tagger:1: would be deleted, 1 newer ones are kept"
+    assert first == "quotes-tagger:1: would be deleted, the newest 1 are kept"
     assert last.endswith(", would be removed")
-    assert run("gc", "--keep", "1").out.splitlines()[0] == "quotes-tagger:1: deleted, 1 newer ones are kept"
+    assert run("gc", "--keep", "1").out.splitlines()[0] == "quotes-tagger:1: deleted, the newest 1 are kept"
     purged, removed = run("gc", "--grace", "0s").out.splitlines()
     assert purged == "quotes-tagger:1: purged, it was deleted before the grace"
     assert (removed[:8], removed[-9:]) == ("3 files,", ", removed")
