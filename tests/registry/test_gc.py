@@ -16,8 +16,10 @@ from loraplex_registry.errors import (
     DeletedVersion,
     InvalidRequest,
 )
+from loraplex_registry.registry import Registry
+from loraplex_registry.remote import RemoteRegistry
 
-from .conftest import Adapter, make_receipt
+from .conftest import Adapter, make_receipt, served
 
 
 def blobs(store):
@@ -202,3 +204,21 @@ def test_gc_during_pushes_breaks_none(registry, base, tmp_path):
     assert purged
     assert registry.verify() == []
     assert [version.number for version in registry.versions("x")] == list(range(1, 21))
+
+
+def test_a_push_uploads_what_gc_removed_since_it_asked(base, tmp_path):
+    """Configuration and receipt were there when the client asked what is missing, and are gone when it asks again."""
+    folders = [Adapter(seed=seed).write(tmp_path / f"a{seed}", make_receipt(base)) for seed in range(2)]
+    with Registry(tmp_path / "registry") as local, served(local) as url, RemoteRegistry(url) as remote:
+        local.push("old", folders[0], base=base)
+        local.delete("old:1")
+        sent = []
+
+        def progress(sent_bytes: int) -> None:
+            sent.append(sent_bytes)
+            local.gc(grace_seconds=0)
+
+        version = remote.push("x", folders[1], base=base, progress=progress)
+        assert len(sent) == 3  # the weights at first, then the two
+        assert sum(sent) == version.bytes
+        assert local.verify() == []
