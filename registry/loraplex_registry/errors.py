@@ -15,8 +15,7 @@
     │   ├── UnknownVersion
     │   ├── UnknownAlias
     │   ├── UnknownDigest
-    │   └── UnknownFile
-    │   └── DeletedVersion                   .version, .who, .at
+    │   ├── UnknownFile
     │   └── DeletedVersion                   .version, .who, .at, .purged
     ├── InvalidRequest (ValueError)          an HTTP request that cannot be read; .param
     ├── TooLarge (ValueError)                more bytes than the registry takes
