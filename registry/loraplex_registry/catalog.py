@@ -37,7 +37,7 @@ from .manifest import BaseRef
 from .query import NUMBERS, SIGNS, Comparison, Field
 from .reference import Reference
 from .schema import SCHEMA_VERSION, check_schema, found_schema, migrate
-from .version import AliasMove, Deletion, Version, previous_target
+from .version import Act, AliasMove, Deletion, Version, previous_target
 
 BUSY_SECONDS = 30.0
 PRODUCTION = "production"
@@ -203,6 +203,31 @@ class Catalog:
         found = sa.select(_moves).where(_moves.c.id > after).filter_by(**wanted).order_by(_moves.c.id).limit(limit)
         with self._read() as db:
             return [_alias_move(row) for row in db.execute(found)]
+
+    def audit(self, name: str | None, limit: int) -> list[Act]:
+        """What was done, newest first, at most ``limit``: to a name, or to all. Raises UnknownAdapter."""
+        version = _versions.c.name + ":" + _text(_versions.c.number)
+        pushes = sa.select(
+            _versions.c.created_at.label("at"),
+            _versions.c.created_by.label("who"),
+            sa.literal("push").label("action"),
+            version.label("subject"),
+            _versions.c.message.label("reason"),
+            _versions.c.name,
+        )
+        came_from = sa.func.coalesce(_text(_moves.c.from_number) + " → ", "")
+        moved = _moves.c.name + "@" + _moves.c.alias + ": " + came_from + _text(_moves.c.to_number)
+        moves = sa.select(_moves.c.at, _moves.c.who, _moves.c.action, moved, _moves.c.reason, _moves.c.name)
+        gone = _deletions.c
+        hidden = gone.name + ":" + _text(gone.number)
+        deletions = sa.select(gone.at, gone.who, gone.action, hidden, gone.reason, gone.name)
+        acts = sa.union_all(pushes, moves, deletions).subquery()
+        found = sa.select(acts).order_by(acts.c.at.desc()).limit(limit)
+        with self._read() as db:
+            rows = db.execute(found.where(acts.c.name == name) if name else found).all()
+            if name and not rows:
+                raise self._not_found(db, Reference(name))
+        return [Act(datetime.fromisoformat(row.at), row.who, row.action, row.subject, row.reason) for row in rows]
 
     # --- acts ---
 
@@ -413,6 +438,10 @@ def _unmet(version: Version, required: Comparison) -> str:
         return f"{required} is required, and it has {own:g}"
     known = ", ".join(version.metrics) or "none"
     return f"{required} is required, and it has no {required.key} (its metrics are {known})"
+
+
+def _text(column: sa.ColumnElement[Any]) -> sa.ColumnElement[str]:
+    return sa.cast(column, sa.Text)
 
 
 def _column(key: str) -> sa.ColumnElement[Any]:

@@ -22,9 +22,9 @@ from .catalog import upgrade_catalog
 from .diff import Diff, compare
 from .errors import InvalidAdapter, RegistryError, StoreUnavailable
 from .reference import HubReference, Reference, check_name, parse_alias
-from .registry import CATALOG, SEARCH_LIMIT, Registry
+from .registry import AUDIT_LIMIT, CATALOG, SEARCH_LIMIT, Registry
 from .remote import RemoteRegistry, open_registry
-from .version import AliasMove, Fault, Version
+from .version import Act, AliasMove, Fault, Version
 from .wire import dump
 
 LARGE_BYTES = 16 << 20
@@ -364,6 +364,24 @@ def watch(ref: str | None, after: int | None, style: str) -> None:
         click.echo(f"watching {ref or 'all aliases'} in {_where(registry)}", err=True)
         for move in moves:
             click.echo(json.dumps(_plain(move), ensure_ascii=False) if style == "json" else _move_line(move))
+
+
+@verb
+@click.argument("name", required=False)
+@click.option("--limit", default=50, type=click.IntRange(1, AUDIT_LIMIT), help="The most that are shown.")
+@output_format
+def audit(name: str | None, limit: int, style: str) -> None:
+    """Who did what to NAME, or to all, and when and why; newest first."""
+    with opened() as registry:
+        acts = registry.audit(name, limit)
+    if style == "json":
+        _print_json(dump(list[Act], acts))
+        return
+    table = _table("when", "who", "did", "what", "reason")
+    for act in acts:
+        at = act.at.astimezone().strftime("%Y-%m-%d %H:%M:%S")
+        table.add_row(at, act.who, act.action, act.subject, act.reason)
+    _print(table)
 
 
 @verb

@@ -24,9 +24,9 @@ from .errors import RegistryError
 from .hub_protocol import hub_routes, refusal, speaks
 from .manifest import FileEntry
 from .reference import Reference, check_digest, check_name, parse_alias
-from .registry import SEARCH_LIMIT, Registry, writing
+from .registry import AUDIT_LIMIT, SEARCH_LIMIT, Registry, writing
 from .uploads import Upload, forget, gather
-from .version import AliasMove, Collected, Deletion, Fault, Version
+from .version import Act, AliasMove, Collected, Deletion, Fault, Version
 from .watchers import Watchers, watch
 from .wire import Proposal, dump, dump_error, load
 
@@ -65,6 +65,7 @@ def create_app(registry: Registry, tokens: dict[str, str] | None = None) -> Star
             Route("/v1/resolve", resolve),
             Route("/v1/history", history),
             Route("/v1/watch", watch),
+            Route("/v1/audit", audit),
             Route("/v1/verify", verify),
             Route("/v1/promote", promote, methods=["POST"]),
             Route("/v1/rollback", rollback, methods=["POST"]),
@@ -133,12 +134,13 @@ def list_versions(request: Request) -> Response:
 
 def search(request: Request) -> Response:
     asked = request.query_params
-    try:
-        limit = int(asked.get("limit", SEARCH_LIMIT))
-    except ValueError as error:
-        raise errors.InvalidRequest(f"limit is {asked['limit']!r}, expected a number", "limit") from error
-    found = _registry(request).search(asked.get("q", ""), asked.get("sort", "-created"), limit)
+    found = _registry(request).search(asked.get("q", ""), asked.get("sort", "-created"), _limit(request, SEARCH_LIMIT))
     return JSONResponse({"data": dump(list[Version], found)})
+
+
+def audit(request: Request) -> Response:
+    found = _registry(request).audit(request.query_params.get("name"), _limit(request, AUDIT_LIMIT))
+    return JSONResponse({"data": dump(list[Act], found)})
 
 
 def resolve(request: Request) -> Response:
@@ -268,6 +270,14 @@ def _registry(request: Request) -> Registry:
 
 def _who(request: Request) -> str:
     return getattr(request.state, "who", "http")
+
+
+def _limit(request: Request, default: int) -> int:
+    given = request.query_params.get("limit", str(default))
+    try:
+        return int(given)
+    except ValueError as error:
+        raise errors.InvalidRequest(f"limit is {given!r}, expected a number", "limit") from error
 
 
 def _query(request: Request, key: str) -> str:

@@ -20,18 +20,27 @@ from .adapter_config import read_config
 from .base import BaseDescription, describe_base
 from .blobs import BlobStore, Progress, materialize, read_chunks, silent, write_durably
 from .catalog import Catalog
-from .errors import BaseNotFound, InvalidAdapter, InvalidManifest, InvalidQuery, RegistryError, StoreUnavailable
+from .errors import (
+    BaseNotFound,
+    InvalidAdapter,
+    InvalidManifest,
+    InvalidQuery,
+    InvalidRequest,
+    RegistryError,
+    StoreUnavailable,
+)
 from .garbage import GRACE_SECONDS, collect
 from .manifest import BaseRef, FileEntry, Manifest
 from .query import Comparison, parse_query, parse_sort
 from .receipt import Receipt
 from .reference import Reference, check_alias, check_digest, check_name, parse_alias, parse_version
 from .validate import CheckedAdapter, Limits, adapter_files, check_adapter
-from .version import AliasMove, Collected, Deletion, Fault, Version
+from .version import Act, AliasMove, Collected, Deletion, Fault, Version
 from .watch import LedgerSource, Watch, ignore
 
 MESSAGE_CHARACTERS = 4096
 SEARCH_LIMIT = 1000
+AUDIT_LIMIT = 10_000
 CATALOG = "catalog.sqlite3"
 MANIFEST = "manifest.json"  # how errors and faults call the manifest; it is stored by its digest
 
@@ -196,6 +205,15 @@ class Registry:
     def history(self, name: str, alias: str) -> "list[AliasMove]":
         """The alias's moves, oldest first. Raises UnknownAdapter, UnknownAlias."""
         return self.catalog.history(check_name(name), check_alias(alias))
+
+    def audit(self, name: str | None = None, limit: int = AUDIT_LIMIT) -> "list[Act]":
+        """What was done to a name's versions and aliases, or to all, newest first, at most `limit`.
+
+        Raises InvalidReference, UnknownAdapter, InvalidRequest.
+        """
+        if not 1 <= limit <= AUDIT_LIMIT:
+            raise InvalidRequest(f"limit is {limit}, expected 1 to {AUDIT_LIMIT:,}", "limit")
+        return self.catalog.audit(name and check_name(name), limit)
 
     def watch(
         self, ref: str | None = None, after: int | None = None, cut: Callable[[RegistryError], None] = ignore

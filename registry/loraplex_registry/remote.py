@@ -19,9 +19,9 @@ from .events import StreamSource
 from .garbage import GRACE_SECONDS
 from .manifest import CHUNK_BYTES, FileEntry, Manifest, sha256_of
 from .reference import Reference, check_alias, check_digest, check_name, parse_alias, parse_version
-from .registry import MANIFEST, SEARCH_LIMIT, Registry, find_base
+from .registry import AUDIT_LIMIT, MANIFEST, SEARCH_LIMIT, Registry, find_base
 from .validate import Limits, adapter_files, check_adapter
-from .version import AliasMove, Collected, Deletion, Fault, Version
+from .version import Act, AliasMove, Collected, Deletion, Fault, Version
 from .watch import Watch, ignore
 from .wire import Proposal, dump, load, load_error
 
@@ -114,6 +114,10 @@ class RemoteRegistry:
         ref = f"{check_name(name)}@{check_alias(alias)}"
         return _load(_Moves, self._ask("GET", "/v1/history", params={"ref": ref}, key="data"))
 
+    def audit(self, name: str | None = None, limit: int = AUDIT_LIMIT) -> "list[Act]":
+        params = {"limit": limit} | ({"name": name} if name else {})
+        return _load(_Acts, self._ask("GET", "/v1/audit", params=params, key="data"))
+
     def watch(
         self, ref: str | None = None, after: int | None = None, cut: Callable[[RegistryError], None] = ignore
     ) -> Watch:
@@ -195,7 +199,12 @@ class RemoteRegistry:
             return RemoteError(f"the registry at {self.url} answered {response.status_code} {response.reason_phrase}")
 
 
-_Moves, _Faults, _Versions = list[AliasMove], list[Fault], list[Version]  # the class has a method called list
+_Acts, _Moves, _Faults, _Versions = (
+    list[Act],
+    list[AliasMove],
+    list[Fault],
+    list[Version],
+)  # the class has a method called list
 
 
 def open_registry(where: str | Path | None = None) -> Registry | RemoteRegistry:

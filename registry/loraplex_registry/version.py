@@ -65,6 +65,17 @@ class Deletion:
 
 
 @dataclass(frozen=True)
+class Act:
+    """One line of the audit log. `subject` is what it was done to: `name:3`, or `name@alias` and where it went."""
+
+    at: datetime
+    who: str
+    action: str  # push, promote, rollback, delete, restore, purge
+    subject: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class Collected:
     """What one gc removed, or would have: versions as `name:3`, blobs as a count and their bytes."""
 

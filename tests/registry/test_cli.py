@@ -135,6 +135,16 @@ def test_gc(run, trained, tmp_path):
     assert (wrong.code, "'soon', expected a number and s, m, h or d, for instance 2h" in wrong.err) == (2, True)
 
 
+def test_audit(run, trained):
+    run("push", "quotes-tagger", "-m", "the first"), run("promote", "quotes-tagger:1", "--to", "production")
+    head, moved, pushed = run("audit", "quotes-tagger").out.splitlines()
+    assert head.split() == ["when", "who", "did", "what", "reason"]
+    assert " promote " in moved and "quotes-tagger@production: 1" in moved
+    assert " push " in pushed and pushed.endswith("the first")
+    (newest,) = json.loads(run("audit", "--limit", "1", "--format", "json").out)
+    assert (newest["action"], newest["subject"]) == ("promote", "quotes-tagger@production: 1")
+
+
 def test_an_empty_registry_says_what_to_do(run):
     answer = run("list")
     assert answer.code == 0

@@ -12,6 +12,7 @@ from loraplex_registry.errors import (
     InvalidAdapter,
     InvalidQuery,
     InvalidReference,
+    InvalidRequest,
     NotDeleted,
     NothingToRollBack,
     RequirementNotMet,
@@ -95,6 +96,34 @@ def test_parent_is_kept(registry, push, base, tmp_path):
     receipt = make_receipt(base, parent={"name": "quotes-tagger", "version": 1, "digest": parent})
     version = registry.push("quotes-tagger", Adapter(seed=3).write(tmp_path / "child", receipt))
     assert registry.resolve("quotes-tagger:2").parent == version.parent == parent
+
+
+def test_audit_tells_all_that_was_done_newest_first(push, registry):
+    push(message="first"), push(seed=1), push("other")
+    registry.promote("quotes-tagger:1", "production", "it works")
+    registry.promote("quotes-tagger:2", "production")
+    registry.rollback("quotes-tagger@production", reason="it does not")
+    registry.delete("quotes-tagger:2", "worse")
+    registry.restore("quotes-tagger:2")
+    acts = registry.audit()
+    assert [(act.action, act.subject, act.reason) for act in reversed(acts)] == [
+        ("push", "quotes-tagger:1", "first"),
+        ("push", "quotes-tagger:2", ""),
+        ("push", "other:1", ""),
+        ("promote", "quotes-tagger@production: 1", "it works"),
+        ("promote", "quotes-tagger@production: 1 → 2", ""),
+        ("rollback", "quotes-tagger@production: 2 → 1", "it does not"),
+        ("delete", "quotes-tagger:2", "worse"),
+        ("restore", "quotes-tagger:2", ""),
+    ]
+    assert all(act.who for act in acts)
+    assert [act.at for act in acts] == sorted((act.at for act in acts), reverse=True)
+    assert registry.audit(limit=2) == acts[:2]
+    assert [act.subject for act in registry.audit("other")] == ["other:1"]
+    with pytest.raises(UnknownAdapter, match="the nearest is 'other'"):
+        registry.audit("othr")
+    with pytest.raises(InvalidRequest, match="limit is 0, expected 1 to 10,000"):
+        registry.audit(limit=0)
 
 
 # --- names ---
