@@ -23,7 +23,7 @@ from .errors import (
 from .reference import Reference
 from .version import AliasMove
 
-POLL_SECONDS = 0.2  # one look at the ledger's last row: under 1 % of a core
+POLL_SECONDS = 0.2  # one look at the ledger's last row
 BATCH = 500  # rows that are read at once
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.1, 5.0  # between tries to reach a registry that went away
 
