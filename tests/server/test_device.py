@@ -297,7 +297,12 @@ def test_a_thousand_loads_and_unloads_leave_nothing(base_folder, adapter_folders
     adapters = {f"{name}{i}": folder for i in range(3) for name, folder in adapter_folders.items()}
     pool, woken = ThreadPoolExecutor(1), threading.Event()
     device = DeviceAdapters(base_of(base_folder), 3)
-    residency = Residency(device, lambda key: read(adapters[key], key), pool, 3, 4, Unobserved(), woken.set)
+    base = describe_base(str(base_folder))
+
+    def load(key) -> HostAdapter:
+        return read_adapter(key, adapters[key], base, max_rank=64)
+
+    residency = Residency(device, load, pool, 3, 4, Unobserved(), woken.set)
 
     def cycle(key) -> None:
         while residency.want(key) is not Place.READY:
@@ -309,21 +314,23 @@ def test_a_thousand_loads_and_unloads_leave_nothing(base_folder, adapter_folders
         residency.unload(key)
         residency.unpin(key)
 
-    def counted() -> tuple[int, int, int]:
+    def counted() -> tuple[int, int, int, int]:
         gc.collect()
+        blocks = sys.getallocatedblocks()  # also of strings and numbers, which the collector does not track
         kinds = [type(each) for each in gc.get_objects()]  # not isinstance, which asks lazy objects who they are
         tensors, modules = (sum(issubclass(kind, each) for kind in kinds) for each in (torch.Tensor, torch.nn.Module))
-        return tensors, modules, len(kinds)
+        return tensors, modules, len(kinds), blocks
 
     keys = itertools.cycle(key for key in adapters if not key.startswith("red"))  # few layers: it takes seconds
     for key in (*adapters, *itertools.islice(keys, 100)):
         cycle(key)
-    tensors, modules, objects = counted()
+    tensors, modules, objects, blocks = counted()
     resident_bytes = psutil.Process().memory_info().rss
     for _ in range(1000):
         cycle(next(keys))
     assert counted()[:2] == (tensors, modules)
     assert counted()[2] - objects < 1000, "less than one object a cycle"
+    assert counted()[3] - blocks < 1000
     assert psutil.Process().memory_info().rss - resident_bytes < 8 << 20
     assert (residency.in_host, residency.on_device, residency.loading) == ((), (), ())
     assert device._peft.peft_config == {}

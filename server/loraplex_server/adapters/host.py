@@ -7,14 +7,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from peft import LoraConfig
-from safetensors.torch import load_file
 
 from loraplex_registry.base import BaseDescription
 from loraplex_registry.errors import InvalidAdapter
-from loraplex_registry.validate import Limits, check_adapter
+from loraplex_registry.tensors import TensorInfo, mapped, read_header
+from loraplex_registry.validate import WEIGHTS, Limits, check_adapter
 from loraplex_server.engine.errors import AdapterRefused
 
 _PIECE = 1 << 14  # values; torch computes as few on the thread that asks
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # all that check_adapter lets pass
 
 
 @dataclass(frozen=True)
@@ -53,22 +54,40 @@ def read_adapter(
     config = LoraConfig.from_pretrained(str(folder))
     assert isinstance(config, LoraConfig)  # check_adapter refuses every other kind
     config.inference_mode = True
-    mapped = load_file(folder / "adapter_model.safetensors")
-    return HostAdapter(key, config, {key: _in_memory(key, t, pin, dtype or t.dtype) for key, t in mapped.items()})
+    # Not by safetensors' torch side: get_tensor, in 0.8.0, never frees two small objects of each tensor it reads.
+    weights = folder / WEIGHTS
+    with mapped(weights) as view:
+        held = {k: _in_memory(k, info, view, pin, dtype) for k, info in read_header(weights).items()}
+    return HostAdapter(key, config, held)
 
 
-def _in_memory(key: str, mapped: torch.Tensor, pin: bool, dtype: torch.dtype) -> torch.Tensor:
-    """A copy of a tensor that is a view of its file: read here, on a background thread, not when it is first used.
+def _in_memory(key: str, info: TensorInfo, view: memoryview, pin: bool, dtype: torch.dtype | None) -> torch.Tensor:
+    """A tensor of a mapped file, copied: read here, on a background thread, not when it is first used.
 
     By numpy, or in small pieces: torch would start threads, and they compete with the engine's.
     """
-    held = torch.empty(mapped.shape, dtype=dtype, pin_memory=pin)
-    if mapped.dtype == dtype:
-        np.copyto(held.view(torch.uint8).numpy(), mapped.view(torch.uint8).numpy())
-        return held
-    most = torch.finfo(dtype).max
-    if most < torch.finfo(mapped.dtype).max and max(mapped.numpy().max(), -mapped.numpy().min()) > most:
-        raise AdapterRefused(f"tensor {key!r} holds values beyond {most:.3g}, the most of {dtype}")
-    for to, given in zip(held.view(-1).split(_PIECE), mapped.view(-1).split(_PIECE), strict=True):
-        to.copy_(given)
+    stored = _DTYPES[info.dtype]
+    held = torch.empty(info.shape, dtype=dtype or stored, pin_memory=pin)
+    with view[info.begin : info.end] as data:
+        if held.dtype == stored:
+            np.copyto(_bytes(held), np.frombuffer(data, np.uint8))
+        elif not _cast(np.frombuffer(data, np.uint8), stored, held.view(-1)):
+            most = torch.finfo(held.dtype).max
+            raise AdapterRefused(f"tensor {key!r} holds values beyond {most:.3g}, the most of {held.dtype}")
     return held
+
+
+def _cast(given: np.ndarray, stored: torch.dtype, held: torch.Tensor) -> bool:
+    """Fill a flat tensor from the bytes of finite values of another dtype; False when it cannot hold one of them."""
+    values, size = torch.empty(_PIECE, dtype=stored), stored.itemsize
+    for first in range(0, len(held), _PIECE):
+        piece = held[first : first + _PIECE]
+        read = values[: len(piece)]
+        np.copyto(_bytes(read), given[first * size : (first + len(piece)) * size])
+        if not piece.copy_(read).isfinite().all():
+            return False
+    return True
+
+
+def _bytes(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.view(-1).view(torch.uint8).numpy()
