@@ -4,7 +4,6 @@ Knows no versions. A file is staged (copied, flushed), then published by rename;
 staging leftovers, which a later push sweeps away.
 """
 
-import fcntl
 import hashlib
 import os
 import re
@@ -12,7 +11,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import CorruptBlob, FolderNotEmpty
@@ -31,7 +30,6 @@ class BlobStore:
 
     def __init__(self, root: Path) -> None:
         self.blobs, self.staging = root / "blobs" / "sha256", root / "staging"
-        self._lock = root / "publish.lock"
 
     def path(self, sha256: str) -> Path:
         return self.blobs / sha256[:2] / sha256
@@ -67,18 +65,10 @@ class BlobStore:
 
     # --- removing ---
 
-    def publishing(self) -> AbstractContextManager[None]:
-        """While this is held, no blob is removed: around putting a version's blobs in place and writing its row."""
-        return _locked(self._lock, fcntl.LOCK_SH)
-
-    def collecting(self) -> AbstractContextManager[None]:
-        """While this is held, nobody publishes. Waits until those who do are done."""
-        return _locked(self._lock, fcntl.LOCK_EX)
-
     def remove_unmarked(self, marked: set[str], before: float, dry_run: bool) -> tuple[int, int]:
         """Remove the blobs that are not marked and were last written at the time `before` or earlier.
 
-        Returns how many, and their bytes; a dry run only counts. The caller holds `collecting`.
+        Returns how many, and their bytes; a dry run only counts. The caller holds the catalog's `collecting`.
         """
         files = total_bytes = 0
         for file in self.blobs.glob("??/*"):
@@ -158,14 +148,6 @@ def write_durably(chunks: Iterator[bytes], file: Path, progress: Progress = sile
 def read_chunks(file: Path) -> Iterator[bytes]:
     with file.open("rb") as stream:
         yield from iter(lambda: stream.read(CHUNK_BYTES), b"")
-
-
-@contextmanager
-def _locked(file: Path, how: int) -> Iterator[None]:
-    """A lock between processes and between threads: it belongs to this opening of the file, and ends with it."""
-    with file.open("ab") as stream:
-        fcntl.flock(stream, how)
-        yield
 
 
 def sync_folder(folder: Path) -> None:

@@ -1,32 +1,24 @@
-"""The rows: versions, where each alias points, and the ledger of its moves. SQLAlchemy Core on SQLite.
+"""The rows: versions, where each alias points, and the ledger of its moves. SQLAlchemy Core, on any Database.
 
-Allots version numbers and moves aliases, each in one transaction. Knows no files but its own.
+Allots version numbers and moves aliases, each in one transaction. Knows no files.
 """
 
 import difflib
-import os
-import sqlite3
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import sqlalchemy as sa
-import sqlalchemy.event
-import sqlalchemy.exc
 
+from .database import Database, Writing
 from .errors import (
     DeletedVersion,
     NotDeleted,
     NotFound,
     NothingToRollBack,
-    RegistryError,
     RequirementNotMet,
-    StoreUnavailable,
     UnknownAdapter,
     UnknownAlias,
     UnknownDigest,
@@ -36,10 +28,8 @@ from .errors import (
 from .manifest import BaseRef
 from .query import NUMBERS, SIGNS, Comparison, Field
 from .reference import Reference
-from .schema import SCHEMA_VERSION, check_schema, found_schema, migrate
 from .version import Act, AliasMove, Deletion, Version, previous_target
 
-BUSY_SECONDS = 30.0
 PRODUCTION = "production"
 
 _metadata = sa.MetaData()
@@ -119,29 +109,15 @@ _SELECT = _EVERY.where(_LIVE)
 
 
 class Catalog:
-    """One SQLite file, shared by threads and processes. Reading works where the folder may not be written."""
+    """The rows in a database, shared by threads, processes and, where the database is, by machines."""
 
-    def __init__(self, file: Path) -> None:
-        """Open the file, making it first if need be. Raises StoreUnavailable."""
-        self.file = file
-        if not file.exists():
-            _create(file)
-        self.writable = os.access(file, os.W_OK) and os.access(file.parent, os.W_OK)
-        # A read-only catalog gets a fresh connection per read: SQLite's immutable mode never looks again.
-        pool: dict[str, Any] = {"pool_size": 8, "max_overflow": 56} if self.writable else {}
-        self._engine = sa.create_engine(
-            "sqlite://", creator=self._connect, poolclass=sa.QueuePool if self.writable else sa.NullPool, **pool
-        )
-        sqlalchemy.event.listen(self._engine, "begin", _begin)
-        try:
-            with self._read() as db:
-                check_schema(db, file)
-        except StoreUnavailable:
-            self.close()
-            raise
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._read, self._write = database.reading, database.writing
+        self.collecting = database.collecting
 
     def close(self) -> None:
-        self._engine.dispose()
+        self._database.close()
 
     # --- questions ---
 
@@ -231,12 +207,18 @@ class Catalog:
 
     # --- acts ---
 
-    def add(self, draft: Version) -> Version:
-        """Give the draft its number, or return the version of that name that has its digest already.
+    @contextmanager
+    def publishing(self) -> Iterator[Callable[[Version], Version]]:
+        """While this is held, no blob is removed: around putting a version's blobs in place and writing its row.
 
-        If that one was deleted, it is restored.
+        Gives the act that writes the row: it gives a draft its number, or returns the version of that name that has
+        its digest already. If that one was deleted, it is restored.
         """
-        with self._write() as db:
+        with self._database.publishing() as writing:
+            yield lambda draft: self._add(draft, writing)
+
+    def _add(self, draft: Version, writing: Writing) -> Version:
+        with writing() as db:
             same = db.execute(_EVERY.where(_versions.c.name == draft.name, _versions.c.digest == draft.digest)).first()
             if same and same.deleted_at:  # whoever pushes wants it here; its bytes are again, even if gc removed them
                 self._note(db, same.name, same.number, "restore", draft.created_by, "pushed again")
@@ -394,29 +376,6 @@ class Catalog:
         near = difflib.get_close_matches(ref.alias or "", known, n=1, cutoff=0)  # a name has few: name one of them
         return UnknownAlias(str(ref), f"{ref.name}@{near[0]}" if near else None)
 
-    # --- connections ---
-
-    @contextmanager
-    def _read(self) -> Iterator[sa.Connection]:
-        with _one_clear_error(self.file), self._engine.connect() as db:
-            yield db
-
-    @contextmanager
-    def _write(self) -> Iterator[sa.Connection]:
-        if not self.writable:
-            raise StoreUnavailable(f"the registry '{self.file.parent}' cannot be written by this user")
-        with _one_clear_error(self.file), self._engine.connect() as db, db.execution_options(immediate=True).begin():
-            yield db
-
-    def _connect(self) -> sqlite3.Connection:
-        if self.writable:
-            return _open(self.file, "mode=rw")
-        try:
-            return _open(self.file, "mode=ro")
-        except sqlite3.OperationalError:
-            # No writer has it open (its -shm file is not there) and we may not make one: the file stands still.
-            return _open(self.file, "immutable=1")
-
 
 def _condition(ref: Reference) -> tuple[sa.ColumnElement[bool], ...]:
     if ref.version is not None:
@@ -505,84 +464,3 @@ def _row(version: Version) -> dict[str, Any]:
 def _alias_move(row: sa.Row[Any]) -> AliasMove:
     move = AliasMove(row.name, row.alias, row.from_number, row.to_number, row.who, row.at, row.reason, row.action)
     return replace(move, at=datetime.fromisoformat(row.at), id=row.id)
-
-
-def _begin(db: sa.Connection) -> None:
-    # IMMEDIATE takes the write lock before reading, so that two pushes never see the same last number.
-    db.exec_driver_sql("BEGIN IMMEDIATE" if db.get_execution_options().get("immediate") else "BEGIN")
-
-
-def _open(file: Path, mode: str) -> sqlite3.Connection:
-    db = sqlite3.connect(
-        f"file:{quote(str(file.absolute()))}?{mode}",
-        uri=True,
-        timeout=BUSY_SECONDS,
-        isolation_level=None,  # SQLAlchemy's "begin" event says when a transaction begins
-        check_same_thread=False,  # the pool hands a connection to one thread at a time
-    )
-    try:
-        db.execute("PRAGMA synchronous=FULL")
-        db.execute("PRAGMA foreign_keys=ON")
-        db.execute("SELECT count(*) FROM sqlite_master")
-    except sqlite3.Error:
-        db.close()
-        raise
-    return db
-
-
-def upgrade_catalog(file: Path) -> tuple[int, int]:
-    """Bring a catalog's schema to this release's, in one transaction; returns the schema before and after.
-
-    Raises StoreUnavailable: there is no catalog, it is newer, it cannot be written.
-    """
-    if not file.exists():
-        raise StoreUnavailable(f"there is no registry in '{file.parent}': it has no {file.name}")
-    with _one_clear_error(file), _migrating(file) as db:
-        before = found_schema(db)
-        if not 1 <= before < SCHEMA_VERSION:
-            check_schema(db, file)
-            return before, before
-        migrate(db)
-        return before, SCHEMA_VERSION
-
-
-@contextmanager
-def _migrating(file: Path) -> Iterator[sa.Connection]:
-    engine = sa.create_engine("sqlite://", creator=lambda: _open(file, "mode=rw"), poolclass=sa.NullPool)
-    sqlalchemy.event.listen(engine, "begin", _begin)
-    with engine.connect() as db, db.execution_options(immediate=True).begin():
-        yield db
-
-
-def _create(file: Path) -> None:
-    """Make the catalog beside its place and link it there whole: of two makers one wins, a killed one leaves none."""
-    with _one_clear_error(file):
-        handle, partial = tempfile.mkstemp(dir=file.parent, prefix=".catalog.")
-        os.close(handle)
-        try:
-            with closing(_open(Path(partial), "mode=rw")) as raw:
-                raw.execute("PRAGMA journal_mode=WAL")
-            with _migrating(Path(partial)) as db:
-                migrate(db)
-            with Path(partial).open("rb") as stream:
-                os.fsync(stream.fileno())
-            os.link(partial, file)
-        except FileExistsError:
-            return
-        finally:
-            for leftover in file.parent.glob(f"{Path(partial).name}*"):
-                leftover.unlink(missing_ok=True)
-
-
-@contextmanager
-def _one_clear_error(file: Path) -> Iterator[None]:
-    try:
-        yield
-    except sqlalchemy.exc.DBAPIError as error:
-        raise StoreUnavailable(f"the catalog '{file}' cannot be used: {error.orig}") from error
-    except sqlite3.Error as error:
-        raise StoreUnavailable(f"the catalog '{file}' cannot be used: {error}") from error
-    except RegistryError:
-        raise
-    except OSError as error:
-        raise StoreUnavailable(f"the registry '{file.parent}' cannot be written: {error.strerror}") from error

@@ -18,12 +18,12 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from rich.table import Table
 
 from .archive import export_versions, import_versions
-from .catalog import upgrade_catalog
 from .diff import Diff, compare
 from .errors import InvalidAdapter, RegistryError, StoreUnavailable
 from .reference import HubReference, Reference, check_name, parse_alias
 from .registry import AUDIT_LIMIT, CATALOG, SEARCH_LIMIT, Registry
 from .remote import RemoteRegistry, open_registry
+from .sqlite import upgrade_file
 from .version import Act, AliasMove, Fault, Version
 from .wire import dump
 
@@ -444,7 +444,7 @@ def upgrade(where: str | None) -> None:
     if where and where.startswith(("http://", "https://")):
         raise OneLine(f"db upgrade needs a folder, not {where}")
     root = Path(where).expanduser() if where else Registry.default_root()
-    before, after = upgrade_catalog(root / CATALOG)
+    before, after = upgrade_file(root / CATALOG)
     click.echo(f"{root}: schema {before}" + (f" → {after}" if after != before else ", nothing to upgrade"))
 
 

@@ -57,7 +57,7 @@ def collect(
     # not, it is met again below, and stops the round.
     with suppress(CorruptBlob, InvalidManifest):
         marks.of(catalog.held())
-    with store.collecting():
+    with catalog.collecting():
         with catalog.forgetting(grace_seconds, keep, who, dry_run) as (deleted, purged, held):
             marked = marks.of(held)  # before versions are given up: when it fails, none is
         files, total_bytes = store.remove_unmarked(marked, time.time() - grace_seconds, dry_run)

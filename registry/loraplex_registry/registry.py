@@ -34,6 +34,7 @@ from .manifest import BaseRef, FileEntry, Manifest
 from .query import Comparison, parse_query, parse_sort
 from .receipt import Receipt
 from .reference import Reference, check_alias, check_digest, check_name, parse_alias, parse_version
+from .sqlite import SqliteDatabase
 from .validate import CheckedAdapter, Limits, adapter_files, check_adapter
 from .version import Act, AliasMove, Collected, Deletion, Fault, Version
 from .watch import LedgerSource, Watch, ignore
@@ -59,7 +60,7 @@ class Registry:
         except OSError as error:
             raise StoreUnavailable(f"the data directory '{self.root}' cannot be made: {error.strerror}") from error
         self.store = BlobStore(self.root)
-        self.catalog = Catalog(self.root / CATALOG)
+        self.catalog = Catalog(SqliteDatabase(self.root / CATALOG))
 
     @staticmethod
     def default_root() -> Path:
@@ -129,11 +130,11 @@ class Registry:
             checked = check_adapter(folder / "adapter", base, self.limits, files)
             manifest = Manifest(checked.files, base_ref(checked, base), checked.config)
             write_durably(iter([manifest.canonical()]), folder / MANIFEST)
-            with self.store.publishing():
+            with self.catalog.publishing() as add:
                 for entry in manifest.files:
                     self.store.publish(folder / "adapter" / entry.path, entry.sha256)
                 self.store.publish(folder / MANIFEST, manifest.digest.removeprefix("sha256:"))
-                return self.catalog.add(_draft(name, checked, manifest, message, who or whoami()))
+                return add(_draft(name, checked, manifest, message, who or whoami()))
 
     # --- names ---
 
