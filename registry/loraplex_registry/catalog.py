@@ -32,6 +32,7 @@ from .version import Act, AliasMove, Deletion, Version, previous_target
 
 PRODUCTION = "production"
 
+_Long = sa.Integer().with_variant(sa.BigInteger(), "postgresql")  # SQLite's integers have 64 bits anyway
 _metadata = sa.MetaData()
 _versions = sa.Table(
     "versions",
@@ -45,7 +46,7 @@ _versions = sa.Table(
     sa.Column("base_quantization", sa.Text),
     sa.Column("rank", sa.Integer, nullable=False),
     sa.Column("targets", sa.JSON, nullable=False),
-    sa.Column("bytes", sa.Integer, nullable=False),
+    sa.Column("bytes", _Long, nullable=False),
     sa.Column("metrics", sa.JSON, nullable=False),
     sa.Column("parent", sa.Text),
     sa.Column("created_at", sa.Text, nullable=False),

@@ -18,12 +18,12 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from rich.table import Table
 
 from .archive import export_versions, import_versions
+from .database import upgrade_catalog
 from .diff import Diff, compare
 from .errors import InvalidAdapter, RegistryError, StoreUnavailable
 from .reference import HubReference, Reference, check_name, parse_alias
 from .registry import AUDIT_LIMIT, CATALOG, SEARCH_LIMIT, Registry
-from .remote import RemoteRegistry, open_registry
-from .sqlite import upgrade_file
+from .remote import DATABASE, RemoteRegistry, open_registry
 from .version import Act, AliasMove, Fault, Version
 from .wire import dump
 
@@ -76,6 +76,9 @@ def verb(function: Callable[..., None]) -> click.Command:
     return cli.command(function.__name__.strip("_"))(where(function))
 
 
+database_option = click.option(
+    "--database", metavar="URL", help="postgresql://…, the catalog's; also LORAPLEX_REGISTRY_DATABASE."
+)
 output_format = click.option("--format", "style", type=click.Choice(["table", "json"]), default="table")
 
 
@@ -411,7 +414,8 @@ def verify(ref: str | None, everything: bool, style: str) -> None:
 @click.option("--host", default="127.0.0.1")
 @click.option("--port", default=8100, type=click.IntRange(0, 65535))
 @click.option("--token-file", type=click.Path(path_type=Path), help="Bearer tokens, one a line: [WHO] TOKEN.")
-def serve(host: str, port: int, token_file: Path | None) -> None:
+@database_option
+def serve(host: str, port: int, token_file: Path | None, database: str | None) -> None:
     """Serve the registry over HTTP. Tokens also come from LORAPLEX_REGISTRY_TOKENS, separated by commas."""
     import uvicorn
 
@@ -419,7 +423,7 @@ def serve(host: str, port: int, token_file: Path | None) -> None:
     from .watchers import StreamingServer
 
     tokens = _read_tokens(token_file)
-    with opened() as registry:
+    with open_registry(click.get_current_context().obj, database=database) as registry:
         if not isinstance(registry, Registry):
             raise OneLine(f"serve needs a folder, not {registry.url}")
         listener = _listen(host, port)
@@ -438,13 +442,14 @@ def db() -> None:
 
 
 @db.command()
+@database_option
 @click.pass_obj
-def upgrade(where: str | None) -> None:
+def upgrade(where: str | None, database: str | None) -> None:
     """Bring the catalog of an older release to this release's schema. Stop what uses the registry first."""
     if where and where.startswith(("http://", "https://")):
         raise OneLine(f"db upgrade needs a folder, not {where}")
     root = Path(where).expanduser() if where else Registry.default_root()
-    before, after = upgrade_file(root / CATALOG)
+    before, after = upgrade_catalog(root / CATALOG, database or os.environ.get(DATABASE))
     click.echo(f"{root}: schema {before}" + (f" → {after}" if after != before else ", nothing to upgrade"))
 
 

@@ -20,6 +20,7 @@ from .adapter_config import read_config
 from .base import BaseDescription, describe_base
 from .blobs import BlobStore, Progress, materialize, read_chunks, silent, write_durably
 from .catalog import Catalog
+from .database import open_database
 from .errors import (
     BaseNotFound,
     InvalidAdapter,
@@ -34,7 +35,6 @@ from .manifest import BaseRef, FileEntry, Manifest
 from .query import Comparison, parse_query, parse_sort
 from .receipt import Receipt
 from .reference import Reference, check_alias, check_digest, check_name, parse_alias, parse_version
-from .sqlite import SqliteDatabase
 from .validate import CheckedAdapter, Limits, adapter_files, check_adapter
 from .version import Act, AliasMove, Collected, Deletion, Fault, Version
 from .watch import LedgerSource, Watch, ignore
@@ -47,9 +47,12 @@ MANIFEST = "manifest.json"  # how errors and faults call the manifest; it is sto
 
 
 class Registry:
-    """Adapter versions in one folder: `catalog.sqlite3`, `blobs/`, `staging/`. Safe for many threads and processes."""
+    """Adapter versions in one folder: `catalog.sqlite3`, `blobs/`, `staging/`. Safe for many threads and processes.
 
-    def __init__(self, root: str | Path, limits: Limits | None = None) -> None:
+    With a `database`, a PostgreSQL URL, the catalog lies there instead, for many machines.
+    """
+
+    def __init__(self, root: str | Path, limits: Limits | None = None, *, database: str | None = None) -> None:
         """Open the folder, or make it. Raises StoreUnavailable."""
         self.root = Path(root).expanduser()
         self.limits = limits or Limits()
@@ -60,7 +63,7 @@ class Registry:
         except OSError as error:
             raise StoreUnavailable(f"the data directory '{self.root}' cannot be made: {error.strerror}") from error
         self.store = BlobStore(self.root)
-        self.catalog = Catalog(SqliteDatabase(self.root / CATALOG))
+        self.catalog = Catalog(open_database(self.root / CATALOG, database))
 
     @staticmethod
     def default_root() -> Path:

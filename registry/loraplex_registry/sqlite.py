@@ -7,7 +7,7 @@ import fcntl
 import os
 import sqlite3
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ import sqlalchemy as sa
 import sqlalchemy.event
 import sqlalchemy.exc
 
-from .database import Writing
 from .errors import RegistryError, StoreUnavailable
 from .schema import SCHEMA_VERSION, check_schema, migrate
 
@@ -64,7 +63,7 @@ class SqliteDatabase:
             yield db
 
     @contextmanager
-    def publishing(self) -> Iterator[Writing]:
+    def publishing(self) -> Iterator[Callable[[], AbstractContextManager[sa.Connection]]]:
         """While this is held, nobody collects. Gives the way to write while it is."""
         with _locked(self._lock, fcntl.LOCK_SH):
             yield self.writing
@@ -84,10 +83,7 @@ class SqliteDatabase:
 
 
 def upgrade_file(file: Path) -> tuple[int, int]:
-    """Bring a catalog's schema to this release's, in one transaction; returns the schema before and after.
-
-    Raises StoreUnavailable: there is no catalog, it is newer, it cannot be written.
-    """
+    """As `upgrade_catalog`. Raises StoreUnavailable."""
     if not file.exists():
         raise StoreUnavailable(f"there is no registry in '{file.parent}': it has no {file.name}")
     with _one_clear_error(file), _migrating(file) as db:

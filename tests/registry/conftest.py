@@ -1,10 +1,15 @@
 """Tiny bases and adapters made with numpy alone, and a registry in a temporary folder."""
 
 import json
+import os
+import subprocess
+import sys
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import postgres
 import pytest
 from safetensors.numpy import save_file
 from serving import serving
@@ -12,8 +17,9 @@ from serving import serving
 from loraplex_registry.base import fingerprint_base
 from loraplex_registry.blobs import BlobStore
 from loraplex_registry.http import create_app
+from loraplex_registry.postgres import PostgresDatabase
 from loraplex_registry.registry import Registry
-from loraplex_registry.remote import RemoteRegistry
+from loraplex_registry.remote import RemoteRegistry, open_registry
 
 HIDDEN, INNER, VOCAB, LAYERS = 8, 16, 32, 2
 
@@ -26,6 +32,7 @@ def own_folders(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.delenv("LORAPLEX_REGISTRY", raising=False)
     monkeypatch.delenv("LORAPLEX_REGISTRY_TOKEN", raising=False)
+    monkeypatch.delenv("LORAPLEX_REGISTRY_DATABASE", raising=False)
 
 
 def llama_tensors(seed: int = 0) -> dict[str, np.ndarray]:
@@ -107,6 +114,21 @@ def make_receipt(base: Path, **changes) -> dict:
     } | changes
 
 
+PUSHER = """
+import sys
+from loraplex_registry.remote import open_registry
+root, base, *folders = sys.argv[1:]
+with open_registry(root) as registry:
+    for folder in folders:
+        print(registry.push("quotes-tagger", folder, base=base), flush=True)
+"""
+
+
+def run_python(code: str, *arguments: object, **options):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], env=environment, text=True, **options)
+
+
 @pytest.fixture
 def base(tmp_path) -> Path:
     return make_base(tmp_path / "base")
@@ -117,11 +139,38 @@ def served(registry: Registry, tokens: dict[str, str] | None = None):
     return serving(create_app(registry, tokens))
 
 
-@pytest.fixture(params=["folder", "url"])
-def registry(request, tmp_path):
-    """A registry whose store is tmp_path/registry: opened here, and behind its server."""
-    with Registry(tmp_path / "registry") as local:
-        if request.param == "folder":
+@pytest.fixture(scope="session")
+def cluster():
+    """A running PostgreSQL, with a database `ready` that holds an empty catalog."""
+    programs = postgres.programs()
+    if not programs:
+        pytest.skip(postgres.APT)
+    with postgres.cluster(programs) as cluster:
+        cluster.execute("CREATE DATABASE ready TEMPLATE template0")
+        with closing(PostgresDatabase(cluster.url("ready"))) as ready:
+            ready.open()
+        yield cluster
+
+
+@pytest.fixture
+def database(cluster):
+    """The URL of a database of the test's own, with an empty catalog."""
+    url = cluster.make("ready")
+    yield url
+    cluster.drop(url)
+
+
+@pytest.fixture(params=["folder", "url", "postgres"])
+def registry(request, tmp_path, monkeypatch):
+    """A registry whose store is tmp_path/registry: opened here, behind its server, and with PostgreSQL.
+
+    `open_registry(tmp_path / "registry")` opens the same one once more, also in another process.
+    """
+    if request.param == "postgres":
+        monkeypatch.setenv("LORAPLEX_REGISTRY_DATABASE", request.getfixturevalue("database"))
+    with open_registry(tmp_path / "registry") as local:
+        assert isinstance(local, Registry)
+        if request.param != "url":
             yield local
             return
         with served(local) as url, RemoteRegistry(url) as remote:

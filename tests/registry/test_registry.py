@@ -5,7 +5,6 @@ import os
 import signal
 import sqlite3
 import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +17,7 @@ from loraplex_registry.errors import (
 from loraplex_registry.manifest import sha256_of
 from loraplex_registry.registry import Registry
 
-from .conftest import Adapter, make_receipt
+from .conftest import PUSHER, Adapter, make_receipt, run_python
 
 
 @pytest.fixture
@@ -75,21 +74,6 @@ def test_a_manifest_of_another_release_is_a_fault(push, registry):
 
 
 # --- many at once, and sudden ends ---
-
-PUSHER = """
-import sys
-from loraplex_registry.manifest import sha256_of
-from loraplex_registry.registry import Registry
-root, base, *folders = sys.argv[1:]
-with Registry(root) as registry:
-    for folder in folders:
-        print(registry.push("quotes-tagger", folder, base=base))
-"""
-
-
-def run_python(code: str, *arguments: object, **options):
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    return subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], env=environment, text=True, **options)
 
 
 def test_numbers_have_no_gaps_when_processes_push_at_once(base, tmp_path):

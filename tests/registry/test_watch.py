@@ -37,7 +37,7 @@ from loraplex_registry.errors import (
 from loraplex_registry.events import Event, read_events, write_move, write_start
 from loraplex_registry.http import create_app
 from loraplex_registry.registry import Registry
-from loraplex_registry.remote import RemoteRegistry
+from loraplex_registry.remote import RemoteRegistry, open_registry
 from loraplex_registry.version import AliasMove
 from loraplex_registry.watchers import StreamingServer
 
@@ -91,7 +91,7 @@ def test_a_watch_is_for_all_a_name_or_one_alias(two, registry):
 
 def test_more_than_one_batch_is_told_whole(two, registry, tmp_path, monkeypatch):
     monkeypatch.setattr("loraplex_registry.watch.BATCH", 3)
-    with Registry(tmp_path / "registry") as other:
+    with open_registry(tmp_path / "registry") as other:
         for number in range(20):
             other.promote(f"a:{number % 2 + 1}", "x")
             other.promote(f"a:{number % 2 + 1}", f"alias-{number}")
@@ -100,7 +100,7 @@ def test_more_than_one_batch_is_told_whole(two, registry, tmp_path, monkeypatch)
 
 
 def test_what_another_process_moves_is_seen_soon(two, registry, tmp_path):
-    code = f"from loraplex_registry.registry import Registry; Registry({str(tmp_path / 'registry')!r})"
+    code = f"from loraplex_registry.remote import open_registry; open_registry({str(tmp_path / 'registry')!r})"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     with registry.watch("a@production") as watch:
         subprocess.run([sys.executable, "-c", f"{code}.promote('a:2', 'production')"], env=environment, check=True)

@@ -3,6 +3,8 @@
 import sqlalchemy as sa
 from alembic import op
 
+from loraplex_registry.ledgers import only_grows
+
 revision = "0001"
 down_revision = None
 
@@ -47,8 +49,4 @@ def upgrade() -> None:
         sa.Column("action", sa.Text, nullable=False),
     )
     op.create_index("alias_moves_by_alias", "alias_moves", ["name", "alias", "id"])
-    for verb in ("update", "delete"):
-        op.execute(
-            f"CREATE TRIGGER alias_moves_no_{verb} BEFORE {verb} ON alias_moves "
-            "BEGIN SELECT RAISE(ABORT, 'the alias ledger is append-only'); END"
-        )
+    only_grows("alias_moves", "the alias ledger is append-only")

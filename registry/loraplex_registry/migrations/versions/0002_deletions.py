@@ -3,6 +3,8 @@
 import sqlalchemy as sa
 from alembic import op
 
+from loraplex_registry.ledgers import only_grows
+
 revision = "0002"
 down_revision = "0001"
 
@@ -20,8 +22,4 @@ def upgrade() -> None:
         sa.Column("reason", sa.Text, nullable=False),
     )
     op.create_index("deletions_by_version", "deletions", ["name", "number", "id"])
-    for verb in ("update", "delete"):
-        op.execute(
-            f"CREATE TRIGGER deletions_no_{verb} BEFORE {verb} ON deletions "
-            "BEGIN SELECT RAISE(ABORT, 'the ledger of deletions is append-only'); END"
-        )
+    only_grows("deletions", "the ledger of deletions is append-only")
