@@ -137,6 +137,31 @@ def test_every_family_equals_peft_while_adapters_come_and_go(family):
     assert len(installed) > len(set(installed)) == 3
 
 
+@pytest.mark.parametrize("config", [{}, {"paged": False}, {"kv_cache_bytes": 1 << 16}], ids=str)
+def test_who_is_paused_for_another_s_adapter_goes_on_as_if_nothing_had_been(
+    base_folder, adapter_folders, alone, config
+):
+    """Rows for all and one slot for three adapters; with little memory they make room for each other as well."""
+    engine = engine_for(base_folder, adapter_folders, max_loras=1, max_rows=8, **config)
+    params = SamplingParams(max_tokens=80, temperature=0)
+    requests = [
+        Request(f"{i}", engine.base.tokenizer(PROMPTS[i % 4]).input_ids, params, adapter)
+        for i, adapter in enumerate(["red", None, "green", "red", "blue", "green"])
+    ]
+    paused: set[str] = set()
+    for request in requests:
+        engine.add(request)
+    while engine.has_work:
+        for delta in engine.step():
+            assert delta.request.error is None
+        paused |= {r.id for r in engine.scheduler.waiting if r.computed_tokens}
+    assert {requests[int(id)].adapter for id in paused} >= {"red", "green"}
+    assert "1" not in paused, "the base needs no slot"
+    for request in requests:
+        assert request.output_ids == alone.answer(request.prompt_ids, request.adapter, 80)
+    assert any(r.preemptions for r in requests) == ("kv_cache_bytes" in config)
+
+
 def drive(engine: Engine, requests: Sequence[Request]) -> None:
     """Add a request before each step, and step until all have ended."""
     waiting = list(requests)

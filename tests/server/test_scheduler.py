@@ -5,15 +5,18 @@ import random
 import subprocess
 import sys
 from collections import Counter
+from itertools import groupby
 from statistics import median
 
 import pytest
 
 from loraplex_server.adapters.residency import Place
+from loraplex_server.engine.batch import Batch
 from loraplex_server.engine.errors import Overloaded
+from loraplex_server.engine.fairness import OUTPUT_TOKEN
 from loraplex_server.engine.kv_cache import KVPages
 from loraplex_server.engine.request import FinishReason, Request, SamplingParams
-from loraplex_server.engine.scheduler import Scheduler
+from loraplex_server.engine.scheduler import SLICE, Scheduler
 
 
 def request(name, adapter=None, prompt=4, max_tokens=4) -> Request:
@@ -26,9 +29,13 @@ def scheduler(
     return Scheduler(KVPages(pages, page_tokens, share), max_rows, step_tokens, max_waiting, mixed)
 
 
-def step(s: Scheduler, place=lambda r: Place.READY, pin=lambda r: None, release=lambda r: None) -> list[str]:
+def schedule(s: Scheduler, place=lambda r: Place.READY, pin=lambda r: None, release=lambda r: None) -> Batch | None:
+    return s.schedule(place, pin, release, lambda adapter: True)
+
+
+def step(s: Scheduler, *slots, **more) -> list[str]:
     """One step as the engine takes it; returns who got tokens."""
-    batch = s.schedule(place, pin, release)
+    batch = schedule(s, *slots, **more)
     if batch is None:
         return []
     assert s.mixed or len(batch.adapters) == 1
@@ -99,14 +106,14 @@ def test_where_a_step_may_be_mixed_all_take_part_grouped_by_adapter_and_prompts_
     requests = [request(f"{adapter}{i}", adapter, prompt=3) for i in range(2) for adapter in ("B", None, "A")]
     for one in requests:
         s.add(one)
-    batch = s.schedule(lambda r: Place.READY, lambda r: None, lambda r: None)
+    batch = schedule(s)
     assert [row.request.adapter for row in batch.rows] == [None, "A", "B", "B"], (
         "three whole prompts and a piece of a fourth"
     )
     assert sum(row.tokens for row in batch.rows) == 10
     for _ in range(3):
         step(s)
-    batch = s.schedule(lambda r: Place.READY, lambda r: None, lambda r: None)
+    batch = schedule(s)
     assert [(row.request.adapter, row.tokens) for row in batch.rows] == [(None, 1)] * 2 + [("A", 1)] * 2 + [
         ("B", 1)
     ] * 2
@@ -124,7 +131,7 @@ def test_a_long_prompt_is_cut_into_chunks():
 
 
 def test_a_loading_adapter_is_passed_by_and_a_missing_slot_is_waited_for():
-    s = scheduler()
+    s = scheduler(max_rows=2)
     s.add(request("cold", "C"))
     s.add(request("warm", "W"))
     places = {"C": Place.LOADING, "W": Place.READY}
@@ -152,7 +159,7 @@ def test_a_flood_of_one_adapter_holds_every_row_and_another_s_request_gets_the_n
     while late not in s.running:
         assert len(s.running) == 4, "it is the first to be admitted"
         step(s)
-        s.schedule(lambda r: Place.READY, lambda r: None, lambda r: None)
+        schedule(s)
         steps += 1
     assert steps <= 12, "no longer than one answer of A"
     for _ in range(5):
@@ -240,7 +247,7 @@ def test_who_lacks_a_device_slot_is_not_starved_by_those_whose_adapter_is_loaded
 
 
 def test_one_that_wants_a_slot_holds_up_one_adapter_and_not_all():
-    s, device = scheduler(pages=1000, max_rows=8, mixed=True), Slots(3)
+    s, device = scheduler(pages=1000, max_rows=6, mixed=True), Slots(3)
     for adapter in "ABC":
         s.add(request(f"{adapter}0", adapter, max_tokens=6))
     device.step(s)
@@ -283,6 +290,90 @@ def test_twice_as_many_adapters_as_slots_is_no_cliff(lengths):
     fits, twice = first_tokens(8), first_tokens(16)
     assert median(twice) <= 1.5 * median(fits)
     assert twice[-1] <= 1.5 * fits[-1]
+
+
+def pausing(adapters: int, tokens: int, slots: int = 8, pages: int = 1000) -> tuple[Scheduler, Slots, list[Request]]:
+    """One request for each adapter, and a row for each."""
+    s, device = scheduler(pages=pages, max_rows=adapters, step_tokens=512, mixed=True), Slots(slots)
+    requests = [request(f"{i}", f"{i}", max_tokens=tokens) for i in range(adapters)]
+    for one in requests:
+        s.add(one)
+    return s, device, requests
+
+
+def test_where_there_are_rows_but_no_slots_who_comes_has_a_first_token_as_with_a_slot_for_each():
+    """Sixteen always under way, for as many adapters in half as many slots: who ends is followed by the next."""
+
+    def first_tokens(slots: int) -> list[int]:
+        s, device, requests = pausing(16, 32, slots)
+        came, seen = dict.fromkeys("0123456789", 0), {}
+        for at in range(1000):
+            for name in device.step(s):
+                seen.setdefault(name, at)
+            while len(s.running) + len(s.waiting) < 16 and len(requests) < 100:
+                requests.append(request(f"{len(requests)}", f"{len(requests) % 16}", max_tokens=32))
+                came[requests[-1].id] = at + 1
+                s.add(requests[-1])
+        assert all(r.finished for r in requests)
+        return [seen[r.id] - came[r.id] for r in requests[16:]]
+
+    assert median(first_tokens(16)) == 0, "in the next step"
+    assert median(first_tokens(8)) <= 1
+
+
+def test_adapters_that_share_a_slot_get_slices_and_compute_nothing_twice():
+    s, device, requests = pausing(3, 200, slots=1)
+    ran = []
+    while s.running or s.waiting:
+        ran.append(device.step(s))
+    assert all(len(names) == 1 for names in ran)
+    alone = [len([name for name in ran if name == [r.id]]) for r in requests]
+    assert alone == [200, 200, 200], "the prompt's step, and one for each further token"
+    assert {name for names in ran[:3] for name in names} == {"0", "1", "2"}, "first tokens come first"
+    turns = [len(list(turn)) for _, turn in groupby(ran)]
+    assert max(turns[3:-3]) <= SLICE / OUTPUT_TOKEN + 1
+    assert min(turns[3:-3]) >= SLICE / OUTPUT_TOKEN / 2, "and none for nothing"
+
+
+def test_who_ends_at_its_first_token_does_not_keep_a_slot_from_others():
+    """Each of A's is in its prompt when B looks for an adapter to pause, and a new one always comes."""
+    s, device = scheduler(max_rows=4, mixed=True), Slots(1)
+    late = request("b", "B")
+    for at in range(100):
+        s.add(request(f"a{at}", "A", max_tokens=1))
+        if at == 5:
+            s.add(late)
+        device.step(s)
+    assert late.finished
+
+
+def test_an_adapter_that_does_not_leave_its_slot_is_not_paused():
+    s, device, _ = pausing(2, 50, slots=1)
+    ran = []
+    while s.running or s.waiting:
+        asked = s.schedule(device.place, lambda r: device.pins.update([r.adapter]), lambda r: None, lambda a: a != "0")
+        ran.append(asked.rows[0].request.id)
+        for row in asked.rows:
+            row.request.computed_tokens = row.stop
+            row.request.output_ids.append(7)
+            if len(row.request.output_ids) == 50:
+                row.request.finish_reason = FinishReason.LENGTH
+                s.remove(row.request)
+        device.pins = Counter(r.adapter for r in s.running)
+    assert ran == ["0"] * 50 + ["1"] * 50
+
+
+def test_who_is_paused_makes_room_when_pages_are_short():
+    """Four requests that grow to eight pages each share ten: the one that runs may have those of who is paused."""
+    s, device, requests = pausing(4, 28, slots=1, pages=10)
+    preempted = set()
+    for _ in range(1000):
+        device.step(s)
+        preempted |= {r.id for r in requests if r.preemptions}
+    assert all(r.finished and len(r.output_ids) == 28 for r in requests)
+    assert preempted
+    assert "0" not in preempted, "the oldest never makes room"
+    assert s.pages.usage == 0
 
 
 def test_a_page_is_taken_when_a_request_grows_over_one_and_freed_at_its_end():
@@ -350,9 +441,9 @@ def test_whatever_comes_all_end_and_the_oldest_that_runs_is_never_preempted(seed
 
     def release(victim: Request) -> None:
         nonlocal preemptions
-        assert any(r.order < victim.order for r in s.running)
-        preemptions += 1
-        device.pins.subtract([victim.adapter])
+        if not victim.computed_tokens:
+            assert any(r.order < victim.order for r in (*s.running, *s.waiting) if s.pages.holds(r))
+            preemptions += 1
 
     for at in range(5000):
         if at < 300 and draw.random() < 0.5:

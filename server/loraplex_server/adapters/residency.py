@@ -246,6 +246,10 @@ class Residency:
         self._pins[key] += 1
         self._unused.discard(key)
 
+    def may_leave(self, key: str) -> bool:
+        """Whether its slot is free for another, and it comes back by itself, when none of its requests runs."""
+        return key not in self._kept and key not in self._leaving
+
     def unpin(self, key: str) -> None:
         """One running request less."""
         assert self._pins[key] > 0

@@ -133,6 +133,7 @@ class Engine:
         self._sampler = Sampler(self._eos)
         self._detokenizers: dict[str, Detokenizer] = {}
         self._ids = count()
+        self._pinned: dict[str, str] = {}  # the adapter of each running request, by its id
         self._forward_seconds = 0.0  # of the last step
         self._install_left = 0.0  # seconds, of this step
 
@@ -209,7 +210,11 @@ class Engine:
         """Compute some tokens of some requests; a request whose adapter or forward failed ends with its error."""
         failed: list[Delta] = []
         self._install_left = self._install_seconds()
-        batch = self.scheduler.schedule(lambda request: self._place(request, failed), self._pin, self._release)
+        batch = self.scheduler.schedule(
+            lambda request: self._place(request, failed), self._pin, self._release, self.residency.may_leave
+        )
+        if batch is None:  # nobody to keep waiting, though somebody may have run until now
+            self._install_left = inf
         self._install()
         if batch is None:
             return failed
@@ -288,12 +293,14 @@ class Engine:
     def _pin(self, request: Request) -> None:
         if request.adapter is not None:
             self.residency.pin(request.adapter)
+            self._pinned[request.id] = request.adapter
 
     def _release(self, request: Request) -> None:
-        """A request was preempted: its adapter may go; its generator stays, and its text so far."""
-        if request.adapter is not None:
-            self.residency.unpin(request.adapter)
-        self._runner.forget(request)
+        """A request runs no more, for now or for ever: its adapter may go, and with its pages what was computed."""
+        if adapter := self._pinned.pop(request.id, None):
+            self.residency.unpin(adapter)
+        if not self.pages.holds(request):
+            self._runner.forget(request)
 
     @torch.no_grad()
     def _forward_and_sample(self, batch: Batch) -> list[tuple[int, TokenScore | None]]:
@@ -343,10 +350,9 @@ class Engine:
 
     def _end(self, request: Request, reason: FinishReason) -> None:
         request.finish_reason = reason
-        if self.scheduler.remove(request) and request.adapter is not None:
-            self.residency.unpin(request.adapter)
+        self.scheduler.remove(request)
+        self._release(request)
         self._sampler.forget(request)
-        self._runner.forget(request)
         self._detokenizers.pop(request.id, None)
 
 

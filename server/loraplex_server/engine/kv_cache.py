@@ -41,6 +41,10 @@ class KVPages:
         """Pages that nobody uses, idle ones included."""
         return len(self._blank) + len(self._idle)
 
+    def holds(self, request: Request) -> bool:
+        """Whether a request has pages: from its admission to its end, or until it is preempted."""
+        return request.id in self._held
+
     def fits_ever(self, request: Request) -> bool:
         """Whether the request, grown to its longest, would fit an empty cache."""
         return self._needed(request.most_tokens) <= self.pages
