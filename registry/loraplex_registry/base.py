@@ -6,6 +6,7 @@ Torch-free: reads config.json and safetensors files, from a folder, the Hub's ca
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -65,6 +66,24 @@ def describe_base(id_or_path: str | Path, revision: str | None = None) -> BaseDe
     if Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
         raise BaseNotFound(f"the base '{name}' is not a folder here; name the base with --base ID_OR_PATH")
     return _describe_hub(name, revision)
+
+
+def describe_cached_base(repo_id: str, revision: object = None) -> BaseDescription | None:
+    """Describe a base from the Hub's local cache alone; None when it is not whole there.
+
+    Both words may be a stranger's: they only ever name a place inside the cache.
+    """
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repo_id, re.ASCII) or ".." in repo_id:
+        return None
+    if revision is not None and not (isinstance(revision, str) and re.fullmatch(r"[\w-][\w.-]*", revision, re.ASCII)):
+        return None
+    import huggingface_hub as hub  # here, not above: it costs a third of a second and most calls need none of it
+
+    try:
+        config_file = Path(hub.hf_hub_download(repo_id, "config.json", revision=revision, local_files_only=True))
+        return _describe_folder(config_file.parent, repo_id, config_file.parent.name)
+    except (OSError, ValueError):  # BaseNotFound, when some shards are not in the cache, is one
+        return None
 
 
 def fingerprint_base(folder: str | Path) -> str:

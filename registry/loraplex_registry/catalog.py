@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any
 
 import sqlalchemy as sa
@@ -15,9 +16,11 @@ import sqlalchemy as sa
 from .database import Database, Writing
 from .errors import (
     DeletedVersion,
+    InvalidRequest,
     NotDeleted,
     NotFound,
     NothingToRollBack,
+    NumberTaken,
     RequirementNotMet,
     UnknownAdapter,
     UnknownAlias,
@@ -209,25 +212,29 @@ class Catalog:
     # --- acts ---
 
     @contextmanager
-    def publishing(self) -> Iterator[Callable[[Version], Version]]:
+    def publishing(self) -> Iterator[Callable[..., Version]]:
         """While this is held, no blob is removed: around putting a version's blobs in place and writing its row.
 
         Gives the act that writes the row: it gives a draft its number, or returns the version of that name that has
-        its digest already. If that one was deleted, it is restored.
+        its digest already. If that one was deleted, it is restored. Where a number is given too and the draft would get
+        another, it raises and changes nothing: NumberTaken, or InvalidRequest for a number that no version has yet.
         """
         with self._database.publishing() as writing:
-            yield lambda draft: self._add(draft, writing)
+            yield partial(self._add, writing)
 
-    def _add(self, draft: Version, writing: Writing) -> Version:
+    def _add(self, writing: Writing, draft: Version, number: int | None = None) -> Version:
         with writing() as db:
             same = db.execute(_EVERY.where(_versions.c.name == draft.name, _versions.c.digest == draft.digest)).first()
+            last = db.scalar(sa.select(sa.func.max(_versions.c.number)).where(_versions.c.name == draft.name)) or 0
+            if number not in (None, own := same.number if same else last + 1):
+                told = f"these files are {draft.name}:{own}, or would be, not {draft.name}:{number}"
+                raise NumberTaken(told) if number <= last else InvalidRequest(told, "number")
             if same and same.deleted_at:  # whoever pushes wants it here; its bytes are again, even if gc removed them
                 self._note(db, same.name, same.number, "restore", draft.created_by, "pushed again")
                 return replace(_version(same), restored=True)
             if same:
                 return _version(same)
-            last = db.scalar(sa.select(sa.func.max(_versions.c.number)).where(_versions.c.name == draft.name))
-            version = replace(draft, number=(last or 0) + 1, pushed=True)
+            version = replace(draft, number=own, pushed=True)
             db.execute(_versions.insert().values(_row(version)))
         return version
 
@@ -273,6 +280,12 @@ class Catalog:
             if not db.scalar(sa.select(_HELD).where(_versions.c.name == name, _versions.c.number == number)):
                 raise self._not_found(db, Reference(name, version=number))
             return self._note(db, name, number, "restore", who, reason)
+
+    def base_ids(self, fingerprint: str) -> set[str]:
+        """What versions call the base with a fingerprint."""
+        with self._read() as db:
+            named = sa.select(_versions.c.base_id).where(_versions.c.base_fingerprint == fingerprint)
+            return set(db.scalars(named.distinct()))
 
     def held(self) -> set[str]:
         """The digests of all versions that can be read or restored."""

@@ -24,6 +24,7 @@ from .errors import InvalidAdapter, RegistryError, StoreUnavailable
 from .reference import HubReference, Reference, check_name, parse_alias
 from .registry import AUDIT_LIMIT, CATALOG, SEARCH_LIMIT, Registry
 from .remote import DATABASE, RemoteRegistry, open_registry
+from .trusted_bases import TrustedBases
 from .version import Act, AliasMove, Fault, Version
 from .wire import dump
 
@@ -113,10 +114,18 @@ def push(name: str, folder: str | None, base: str | None, message: str) -> None:
         total_bytes = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
         with _transfer(f"push {name}", total_bytes) as progress:
             version = registry.push(name, path, base=base, message=message, progress=progress)
-    if version.pushed:
-        click.echo(f"pushed {version} ({decimal(version.bytes)}, rank {version.rank}) {version.digest}")
-    else:
-        click.echo(f"{'restored' if version.restored else 'already'} {version} {version.digest}")
+    _say_pushed(version, "pushed")
+
+
+@verb
+@click.argument("name")
+@click.option("--base", metavar="ID_OR_PATH", help="The base to check against; default: what the registry trusts.")
+@click.option("--message", "-m", default="", help="What is new, for people; default: what the commits said.")
+def publish(name: str, base: str | None, message: str) -> None:
+    """Make a version of the files that Hub clients uploaded to NAME."""
+    with opened() as registry:
+        version = registry.publish_draft(name, base=base, message=message)
+    _say_pushed(version, "published")
 
 
 @verb
@@ -414,15 +423,16 @@ def verify(ref: str | None, everything: bool, style: str) -> None:
 @click.option("--host", default="127.0.0.1")
 @click.option("--port", default=8100, type=click.IntRange(0, 65535))
 @click.option("--token-file", type=click.Path(path_type=Path), help="Bearer tokens, one a line: [WHO] TOKEN.")
+@click.option("--base", "bases", multiple=True, metavar="BASE", help="ID, PATH or ID=PATH that uploads may belong to.")
 @database_option
-def serve(host: str, port: int, token_file: Path | None, database: str | None) -> None:
+def serve(host: str, port: int, token_file: Path | None, bases: tuple[str, ...], database: str | None) -> None:
     """Serve the registry over HTTP. Tokens also come from LORAPLEX_REGISTRY_TOKENS, separated by commas."""
     import uvicorn
 
     from .http import create_app
     from .watchers import StreamingServer
 
-    tokens = _read_tokens(token_file)
+    tokens, trusted = _read_tokens(token_file), TrustedBases.describe(bases)
     with open_registry(click.get_current_context().obj, database=database) as registry:
         if not isinstance(registry, Registry):
             raise OneLine(f"serve needs a folder, not {registry.url}")
@@ -431,7 +441,7 @@ def serve(host: str, port: int, token_file: Path | None, database: str | None) -
         click.echo(f"registry {registry.root} at {url}", err=True)
         if not tokens and host not in ("127.0.0.1", "localhost", "::1"):
             click.echo("warning: no tokens are set, so everyone who reaches this address may push", err=True)
-        server = StreamingServer(uvicorn.Config(create_app(registry, tokens), log_level="warning"))
+        server = StreamingServer(uvicorn.Config(create_app(registry, tokens, trusted), log_level="warning"))
         with suppress(KeyboardInterrupt):  # Ctrl-C is how one ends it
             server.run(sockets=[listener])
 
@@ -494,6 +504,13 @@ def _transfer(what: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
     with Progress(*columns, console=Console(stderr=True), disable=total_bytes < LARGE_BYTES) as progress:
         task = progress.add_task(what, total=total_bytes)
         yield lambda sent_bytes: progress.advance(task, sent_bytes)
+
+
+def _say_pushed(version: Version, how: str) -> None:
+    if version.pushed:
+        click.echo(f"{how} {version} ({decimal(version.bytes)}, rank {version.rank}) {version.digest}")
+    else:
+        click.echo(f"{'restored' if version.restored else 'already'} {version} {version.digest}")
 
 
 def _say_move(move: AliasMove) -> None:

@@ -10,12 +10,17 @@
     ├── RequirementNotMet (ValueError)       a version that lacks what its promotion requires
     ├── VersionInUse (ValueError)            a version that is not deleted, because aliases point to it
     ├── NotDeleted (ValueError)              a version that is not restored, because it is there
+    ├── NumberTaken (ValueError)             a tag that names the number of another version
+    ├── StaleParent (ValueError)             a commit that follows another one than it says
+    ├── NotOffered (PermissionError)         an act of the Hub's that has no meaning here
     ├── NotFound (LookupError)               .ref, .nearest
     │   ├── UnknownAdapter
     │   ├── UnknownVersion
     │   ├── UnknownAlias
     │   ├── UnknownDigest
     │   ├── UnknownFile
+    │   ├── NoDraft                          a name without files that wait to be published
+    │   ├── NoVersion                        a name that has such files, and no version yet
     │   └── DeletedVersion                   .version, .who, .at, .purged
     ├── InvalidRequest (ValueError)          an HTTP request that cannot be read; .param
     ├── TooLarge (ValueError)                more bytes than the registry takes
@@ -84,6 +89,18 @@ class NotDeleted(RegistryError, ValueError):
     code = "not_deleted"
 
 
+class NumberTaken(RegistryError, ValueError):
+    code = "number_taken"
+
+
+class StaleParent(RegistryError, ValueError):
+    code = "stale_parent"
+
+
+class NotOffered(RegistryError, PermissionError):
+    code = "not_offered"
+
+
 class InvalidRequest(RegistryError, ValueError):
     """`param` names the field or query parameter that is wrong, if it is one."""
 
@@ -140,6 +157,21 @@ class UnknownDigest(NotFound):
 class UnknownFile(NotFound):
     code = "file_not_found"
     what = "file"
+
+
+class NoDraft(NotFound):
+    code = "no_draft"
+    what = "unpublished files of"
+
+
+class NoVersion(NotFound):
+    """`ref` names a version of an adapter that has uploaded files, and none of them published."""
+
+    code = "no_version"
+
+    def __init__(self, ref: str, nearest: None = None) -> None:
+        self.ref, self.nearest = ref, nearest
+        LookupError.__init__(self, f"'{ref}' has no version yet: its files wait for a tag, or for registry publish")
 
 
 class DeletedVersion(NotFound):

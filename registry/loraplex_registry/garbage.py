@@ -1,4 +1,4 @@
-"""What the registry may forget: deleted versions past their grace, and blobs that no version refers to.
+"""What the registry may forget: deleted versions past their grace, and blobs that no version and no draft refers to.
 
 Marks and sweeps under the lock that publishing shares, so a push is either not begun for gc, or done. Removes nothing
 unless it knows every file of every version. Decides nothing about versions; the catalog does.
@@ -10,6 +10,7 @@ from contextlib import suppress
 
 from .blobs import BlobStore
 from .catalog import Catalog
+from .drafts import Drafts
 from .errors import CorruptBlob, InvalidManifest, InvalidRequest
 from .manifest import Manifest
 from .version import Collected
@@ -39,6 +40,7 @@ class Marks:
 def collect(
     store: BlobStore,
     catalog: Catalog,
+    drafts: Drafts,
     read: Callable[[str], Manifest],
     *,
     grace_seconds: int,
@@ -59,6 +61,6 @@ def collect(
         marks.of(catalog.held())
     with catalog.collecting():
         with catalog.forgetting(grace_seconds, keep, who, dry_run) as (deleted, purged, held):
-            marked = marks.of(held)  # before versions are given up: when it fails, none is
+            marked = marks.of(held) | drafts.held()  # before versions are given up: when it fails, none is
         files, total_bytes = store.remove_unmarked(marked, time.time() - grace_seconds, dry_run)
     return Collected(dry_run, tuple(map(str, deleted)), tuple(map(str, purged)), files, total_bytes)

@@ -20,11 +20,14 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from . import errors
+from .base import BaseDescription
 from .errors import RegistryError
 from .hub_protocol import hub_routes, refusal, speaks
+from .hub_upload import upload_routes
 from .manifest import FileEntry
 from .reference import Reference, check_digest, check_name, parse_alias
 from .registry import AUDIT_LIMIT, SEARCH_LIMIT, Registry, writing
+from .trusted_bases import TrustedBases
 from .uploads import Upload, forget, gather
 from .version import Act, AliasMove, Collected, Deletion, Fault, Version
 from .watchers import Watchers, watch
@@ -44,16 +47,25 @@ STATUSES: dict[type[RegistryError], int] = {
     errors.RequirementNotMet: 409,
     errors.VersionInUse: 409,
     errors.NotDeleted: 409,
+    errors.NumberTaken: 409,
+    errors.StaleParent: 412,
     errors.TooLarge: 413,
     errors.InvalidAdapter: 422,
+    errors.BaseNotFound: 422,
+    errors.NotOffered: 422,
     errors.CorruptBlob: 422,
     errors.TooManyWatchers: 503,
     errors.StoreUnavailable: 503,
 }
 
 
-def create_app(registry: Registry, tokens: dict[str, str] | None = None) -> Starlette:
-    """The application. `tokens` is token → who holds it; without any, everyone may do everything."""
+def create_app(
+    registry: Registry, tokens: dict[str, str] | None = None, bases: TrustedBases | None = None
+) -> Starlette:
+    """The application. `tokens` is token → who holds it; without any, everyone may do everything.
+
+    `bases` are what uploads of the Hub's clients are checked against.
+    """
     app = Starlette(
         routes=[
             Route("/health", health),
@@ -61,6 +73,7 @@ def create_app(registry: Registry, tokens: dict[str, str] | None = None) -> Star
             Route("/v1/adapters", list_adapters),
             Route("/v1/adapters/{name:path}/versions", list_versions),
             Route("/v1/adapters/{name:path}/versions", push, methods=["POST"]),
+            Route("/v1/adapters/{name:path}/publish", publish, methods=["POST"]),
             Route("/v1/search", search),
             Route("/v1/resolve", resolve),
             Route("/v1/history", history),
@@ -76,11 +89,13 @@ def create_app(registry: Registry, tokens: dict[str, str] | None = None) -> Star
             Route("/v1/blobs/{digest}", get_blob),
             Route("/v1/blobs/{digest}", put_blob, methods=["PUT"]),
             *hub_routes(),
+            *upload_routes(),
         ],
         middleware=[Middleware(Bearer, tokens=tokens or {})],
         exception_handlers={RegistryError: on_registry_error, HTTPException: on_http_error},
     )
     app.state.registry = registry
+    app.state.bases = bases or TrustedBases()
     app.state.watchers = Watchers(registry.catalog)
     return app
 
@@ -196,6 +211,15 @@ def _publish(registry: Registry, name: str, proposal: Proposal, who: str) -> Ver
     version = registry.publish(name, fill, proposal.base, message=proposal.message, who=who)
     forget(registry.store, proposal.files)
     return version
+
+
+async def publish(request: Request) -> Response:
+    name = check_name(request.path_params["name"])
+    body = _fields(await _json(request), {}, {"base": dict, "message": str})
+    base = load(BaseDescription, body["base"]) if "base" in body else request.app.state.bases
+    registry, message, who = _registry(request), body.get("message", ""), _who(request)
+    version = await run_sync(lambda: registry.publish_draft(name, base=base, message=message, who=who))
+    return JSONResponse(dump(Version, version), status_code=201 if version.pushed else 200)
 
 
 async def promote(request: Request) -> Response:

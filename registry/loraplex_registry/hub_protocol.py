@@ -20,10 +20,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from .drafts import Draft
 from .errors import (
     InvalidReference,
     InvalidRequest,
     NotFound,
+    NoVersion,
     RegistryError,
     TooLarge,
     Unauthorized,
@@ -40,8 +42,8 @@ from .version import Version
 MAIN = "main"  # the branch of those who name none: what the bare name stands for
 REPO_COMMIT = "X-Repo-Commit"
 FORM_BYTES = 1 << 20
-_COMMIT = re.compile(r"[0-9a-f]{40}")
-_NUMBER = re.compile(r"v?([1-9][0-9]{0,8})")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+NUMBER = re.compile(r"v?([1-9][0-9]{0,8})")
 _RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
 _PATH = re.compile(r"/api/|/(?!v1/)[^/]+(?:/[^/]+)?/resolve/")
 
@@ -79,12 +81,20 @@ def hub_routes() -> list[Route]:
 
 def whoami(request: Request) -> Response:
     who = getattr(request.state, "who", "http")
-    auth = {"type": "access_token", "accessToken": {"displayName": who, "role": "read"}}
+    auth = {"type": "access_token", "accessToken": {"displayName": who, "role": "write"}}
     return JSONResponse({"type": "user", "id": who, "name": who, "fullname": who, "orgs": [], "auth": auth})
 
 
 def info(request: Request) -> Response:
-    version, manifest = _find(request)
+    """A revision, or without one the repository, which is there although it may have no version yet."""
+    try:
+        version, manifest = _find(request)
+    except NoVersion:
+        if "revision" in request.path_params:
+            raise
+        draft = _draft(request)
+        told = {"id": draft.name, "modelId": draft.name, "sha": draft.commit, "siblings": [], "tags": []}
+        return JSONResponse(told | {"private": hasattr(request.state, "who")})
     created_at, base = _time(version.created_at), version.base.id
     return JSONResponse(
         {
@@ -107,11 +117,18 @@ def info(request: Request) -> Response:
 
 def tree(request: Request) -> Response:
     """What is in a folder, or with `recursive` all below it. In one page: a version has at most 200 files."""
-    version, manifest = _find(request)
     folder = PurePosixPath(request.path_params.get("path", ""))
-    below = [one for one in _entries(manifest) if folder in PurePosixPath(one["path"]).parents]
-    if not below:
-        raise UnknownFile(f"{version}/{folder}")
+    try:
+        version, manifest = _find(request)
+        name, files = str(version), manifest.files
+    except NoVersion:
+        if request.path_params["revision"] != MAIN:
+            raise
+        draft = _draft(request)  # whoever uploads is told what is there already, so as to take it out
+        name, files = draft.name, draft.files
+    below = [one for one in _entries(files) if folder in PurePosixPath(one["path"]).parents]
+    if not below and folder.parts:
+        raise UnknownFile(f"{name}/{folder}")
     if request.query_params.get("recursive", "").lower() == "true":
         return JSONResponse(below)
     return JSONResponse([one for one in below if folder == PurePosixPath(one["path"]).parent])
@@ -128,13 +145,16 @@ async def paths_info(request: Request) -> Response:
     if not paths:
         raise InvalidRequest("the form's field 'paths' is missing", "paths")
     _, manifest = await run_sync(_find, request)
-    return JSONResponse([one for one in _entries(manifest) if one["path"] in paths])
+    return JSONResponse([one for one in _entries(manifest.files) if one["path"] in paths])
 
 
 def refs(request: Request) -> Response:
     """Aliases move, so they are branches; numbers do not, so they are tags."""
     registry, name = _registry(request), request.path_params["repo"]
-    main = find(registry, name, MAIN)
+    try:
+        main = find(registry, name, MAIN)
+    except NoVersion:
+        return JSONResponse({"branches": [], "tags": [], "converts": [], "pullRequests": []})
     versions = registry.versions(name)
     aliases = {alias: version for version in versions for alias in version.aliases} | {MAIN: main}
     found = {
@@ -189,7 +209,17 @@ def commit_of(version: Version) -> str:
 
 
 def find(registry: Registry, name: str, revision: str) -> Version:
-    """The version that a revision of a repository stands for now.
+    """The version that a revision of a repository stands for now. Raises NoVersion where there are only uploads."""
+    try:
+        return _version_at(registry, name, revision)
+    except UnknownAdapter:
+        if registry.drafts.find(name):
+            raise NoVersion(f"{name}@{revision}") from None
+        raise
+
+
+def _version_at(registry: Registry, name: str, revision: str) -> Version:
+    """As `find`, for a name that has versions.
 
     A commit, `main`, a number (`3`), an alias, or a number as a tag (`v3`), in this order: what never moves comes
     first, so that no alias takes the place of a commit that a client pinned. Raises the kind of NotFound that fits.
@@ -198,14 +228,14 @@ def find(registry: Registry, name: str, revision: str) -> Version:
         bare = Reference(check_name(name))
     except InvalidReference:
         raise UnknownAdapter(name) from None
-    if _COMMIT.fullmatch(revision):
+    if COMMIT.fullmatch(revision):
         for version in registry.versions(name):
             if commit_of(version) == revision:
                 return version
         raise UnknownDigest(f"{name}@{revision}")
     if revision == MAIN:
         return registry.resolve(bare)
-    number = _NUMBER.fullmatch(revision)
+    number = NUMBER.fullmatch(revision)
     if number and not revision.startswith("v"):
         return registry.resolve(Reference(name, version=int(number[1])))
     try:
@@ -288,8 +318,17 @@ def _find(request: Request) -> tuple[Version, Manifest]:
     return version, registry.manifest(version.digest)
 
 
-def _entries(manifest: Manifest) -> list[dict[str, Any]]:
-    return [*_folders(manifest.files), *map(_file, manifest.files)]
+def _draft(request: Request) -> Draft:
+    """What is uploaded to a name that has no version."""
+    name = request.path_params["repo"]
+    draft = _registry(request).drafts.find(name)
+    if draft is None:
+        raise UnknownAdapter(name)
+    return draft
+
+
+def _entries(files: tuple[FileEntry, ...]) -> list[dict[str, Any]]:
+    return [*_folders(files), *map(_file, files)]
 
 
 def _file(entry: FileEntry) -> dict[str, Any]:

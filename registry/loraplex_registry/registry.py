@@ -21,12 +21,14 @@ from .base import BaseDescription, describe_base
 from .blobs import BlobStore, Progress, materialize, read_chunks, silent, write_durably
 from .catalog import Catalog
 from .database import open_database
+from .drafts import Drafts
 from .errors import (
     BaseNotFound,
     InvalidAdapter,
     InvalidManifest,
     InvalidQuery,
     InvalidRequest,
+    NoDraft,
     RegistryError,
     StoreUnavailable,
 )
@@ -35,6 +37,8 @@ from .manifest import BaseRef, FileEntry, Manifest
 from .query import Comparison, parse_query, parse_sort
 from .receipt import Receipt
 from .reference import Reference, check_alias, check_digest, check_name, parse_alias, parse_version
+from .trusted_bases import TrustedBases
+from .uploads import gather
 from .validate import CheckedAdapter, Limits, adapter_files, check_adapter
 from .version import Act, AliasMove, Collected, Deletion, Fault, Version
 from .watch import LedgerSource, Watch, ignore
@@ -63,7 +67,8 @@ class Registry:
         except OSError as error:
             raise StoreUnavailable(f"the data directory '{self.root}' cannot be made: {error.strerror}") from error
         self.store = BlobStore(self.root)
-        self.catalog = Catalog(open_database(self.root / CATALOG, database))
+        opened = open_database(self.root / CATALOG, database)
+        self.catalog, self.drafts = Catalog(opened), Drafts(opened)
 
     @staticmethod
     def default_root() -> Path:
@@ -118,18 +123,23 @@ class Registry:
         self,
         name: str,
         fill: Callable[[Path], tuple[FileEntry, ...]],
-        base: BaseDescription,
+        base: BaseDescription | Callable[[Path], BaseDescription],
         *,
         message: str,
         who: str | None,
+        number: int | None = None,
     ) -> Version:
-        """The second half of a push: `fill` puts flushed files into staging; they are checked where they lie."""
+        """The second half of a push: `fill` puts flushed files into staging; they are checked where they lie.
+
+        `base` may be told from what was staged. With `number`, it gets that one, or NumberTaken is raised.
+        """
         if len(message) > MESSAGE_CHARACTERS:
             raise InvalidAdapter(
                 f"the message has {len(message):,} characters, at most {MESSAGE_CHARACTERS:,} are kept"
             )
         with writing(self.root), self.store.stage() as folder:
             files = fill(folder / "adapter")
+            base = base if isinstance(base, BaseDescription) else base(folder / "adapter")
             checked = check_adapter(folder / "adapter", base, self.limits, files)
             manifest = Manifest(checked.files, base_ref(checked, base), checked.config)
             write_durably(iter([manifest.canonical()]), folder / MANIFEST)
@@ -137,7 +147,48 @@ class Registry:
                 for entry in manifest.files:
                     self.store.publish(folder / "adapter" / entry.path, entry.sha256)
                 self.store.publish(folder / MANIFEST, manifest.digest.removeprefix("sha256:"))
-                return add(_draft(name, checked, manifest, message, who or whoami()))
+                return add(_draft(name, checked, manifest, message, who or whoami()), number)
+
+    def publish_draft(
+        self,
+        name: str,
+        *,
+        base: str | Path | BaseDescription | TrustedBases | None = None,
+        message: str = "",
+        number: int | None = None,
+        alias: str | None = None,
+        who: str | None = None,
+    ) -> Version:
+        """Make a version of the files that were uploaded to `name` by commits, checked as at any push.
+
+        Without a base, the one that the files name is looked up in the Hub's cache; no path that they name is read.
+        Without a message, the version's is what the commits said. `number` is the one it must get; `alias` is pointed
+        at it. The draft ends with that, unless it was changed meanwhile. Raises InvalidReference, NoDraft,
+        BaseNotFound, InvalidAdapter, NumberTaken, MissingBlobs when a file is damaged.
+        """
+        check_name(name)
+        if alias is not None:
+            check_alias(alias)
+        draft = self.drafts.find(name)
+        if draft is None:
+            raise NoDraft(name)
+        if isinstance(base, str | Path):
+            base = describe_base(base)
+        trusted = TrustedBases() if base is None else base
+
+        def describe(folder: Path) -> BaseDescription:
+            adapter_files(folder, self.limits)  # what is wrong with the files is told before what they say
+            return trusted.find(folder, self.catalog.base_ids) if isinstance(trusted, TrustedBases) else trusted
+
+        def fill(folder: Path) -> tuple[FileEntry, ...]:
+            return gather(self.store, draft.files, folder)
+
+        message = message or "\n".join(draft.messages)[:MESSAGE_CHARACTERS]
+        version = self.publish(name, fill, describe, message=message, who=who, number=number)
+        if alias is not None:
+            self.promote(str(version), alias, message, who=who)
+        self.drafts.drop(name, draft.commit)
+        return version
 
     # --- names ---
 
@@ -267,6 +318,7 @@ class Registry:
             return collect(
                 self.store,
                 self.catalog,
+                self.drafts,
                 self.manifest,
                 grace_seconds=grace_seconds,
                 keep=keep,

@@ -12,7 +12,7 @@ from typing import Any, Self, TypeVar
 
 import httpx
 
-from .base import BaseDescription
+from .base import BaseDescription, describe_base
 from .blobs import Progress, materialize, proven, read_chunks, silent
 from .errors import CorruptBlob, InvalidRequest, MissingBlobs, RegistryError, RemoteError, UnknownDigest
 from .events import StreamSource
@@ -78,6 +78,15 @@ class RemoteRegistry:
                     if f"sha256:{entry.sha256}" in missing.digests:
                         self._upload(folder / entry.path, entry, progress)
                 uploaded.update(missing.digests)
+
+    def publish_draft(
+        self, name: str, *, base: str | Path | BaseDescription | None = None, message: str = ""
+    ) -> Version:
+        """As Registry.publish_draft. Without a base, the server looks among those that it trusts."""
+        if isinstance(base, str | Path):
+            base = describe_base(base)
+        body = {"message": message} | ({"base": dump(BaseDescription, base)} if base else {})
+        return _load(Version, self._ask("POST", f"/v1/adapters/{check_name(name)}/publish", json=body))
 
     def resolve(self, ref: str | Reference) -> Version:
         return _load(Version, self._ask("GET", "/v1/resolve", params={"ref": str(ref)}))

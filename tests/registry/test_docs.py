@@ -29,7 +29,7 @@ def test_every_verb_and_option():
 
 def test_every_route(registry):
     routes = {re.sub(r":\w+}", "}", route.path) for route in create_app(registry).routes if isinstance(route, Route)}
-    documented = re.findall(r"`(?:GET|POST|PUT) (/[^`?]*)[^`]*`", DOCS)
+    documented = re.findall(r"`(?:GET|POST|PUT|DELETE) (/[^`?]*)[^`]*`", DOCS)
     assert set(documented) == routes
 
 
