@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from rich.table import Table
 from .archive import export_versions, import_versions
 from .database import upgrade_catalog
 from .diff import Diff, compare
-from .errors import InvalidAdapter, RegistryError, StoreUnavailable
+from .errors import InvalidAdapter, InvalidReference, RegistryError, StoreUnavailable
 from .reference import HubReference, Reference, check_name, parse_alias
 from .registry import AUDIT_LIMIT, CATALOG, SEARCH_LIMIT, Registry
 from .remote import DATABASE, RemoteRegistry, open_registry
@@ -65,7 +66,7 @@ def main() -> None:
     cli(prog_name="registry")
 
 
-def verb(function: Callable[..., None]) -> click.Command:
+def verb(function: Callable[..., None], group: click.Group | None = None) -> click.Command:
     """A sub-command that also takes --registry after its name, and finds the answer in the context."""
 
     def note(ctx: click.Context, _option: click.Parameter, value: str | None) -> None:
@@ -74,7 +75,7 @@ def verb(function: Callable[..., None]) -> click.Command:
     where = click.option(
         "--registry", metavar="DIR_OR_URL", expose_value=False, callback=note, help="A folder or a URL."
     )
-    return cli.command(function.__name__.strip("_"))(where(function))
+    return (group or cli).command(function.__name__.strip("_"))(where(function))
 
 
 database_option = click.option(
@@ -105,10 +106,11 @@ def push(name: str, folder: str | None, base: str | None, message: str) -> None:
     check_name(name)
     with opened() as registry, tempfile.TemporaryDirectory() as temporary:
         if folder and folder.startswith("hf://"):
-            from .hub import fetch_from_hub  # here: it costs a third of a second that other verbs need not pay
+            from .hub import fetch_from_hub, find_on_hub  # here: it costs a third of a second that others need not pay
 
-            source = fetch_from_hub(HubReference.parse(folder), Path(temporary))
-            message, path = f"{message} ({source})".strip() if message else f"from {source}", Path(temporary)
+            source, files = find_on_hub(HubReference.parse(folder), registry.limits)
+            path, message = Path(temporary), _with_source(message, source)
+            fetch_from_hub(source, files, path)
         else:
             path = Path(folder) if folder else _find_adapter(name)
         total_bytes = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
@@ -447,6 +449,60 @@ def serve(host: str, port: int, token_file: Path | None, bases: tuple[str, ...],
 
 
 @cli.group()
+def hub() -> None:
+    """Bring adapters from the Hugging Face Hub, and take them there."""
+
+
+@partial(verb, group=hub)
+@click.argument("source", metavar="OWNER/REPO[@REVISION]")
+@click.option("--as", "name", metavar="NAME", help="Default: OWNER/REPO.")
+@click.option("--base", metavar="ID_OR_PATH", help="The base to check against; default: what the adapter says.")
+@click.option("--message", "-m", default="", help="What is new, for people; the commit is added to it.")
+@click.option("--endpoint", metavar="URL", help="Another Hub; default: HF_ENDPOINT, then huggingface.co.")
+def pull_(source: str, name: str | None, base: str | None, message: str, endpoint: str | None) -> None:
+    """Fetch an adapter, prove its files by what the Hub says of them, and keep it as the next version of NAME.
+
+    What was fetched whole before a failure is not fetched again. HF_TOKEN, or `hf auth login`, opens what is private.
+    """
+    ref = HubReference.parse(f"hf://{source.removeprefix('hf://')}")
+    try:
+        check_name(name or ref.repo_id)
+    except InvalidReference as error:
+        raise OneLine(f"{error}" if name else f"{error}; name it with --as NAME") from error
+    from .hub import fetch_from_hub, find_on_hub  # here: it costs a third of a second that other verbs need not pay
+    from .hub_downloads import download_folder
+
+    with opened() as registry:
+        commit, files = find_on_hub(ref, registry.limits, endpoint)
+        with download_folder(commit, endpoint or os.environ.get("HF_ENDPOINT", "")) as folder:
+            fetch_from_hub(commit, files, folder, endpoint)
+            with _transfer(f"push {name or ref.repo_id}", sum(one.size or 0 for one in files)) as progress:
+                message = _with_source(message, commit)
+                version = registry.push(name or ref.repo_id, folder, base=base, message=message, progress=progress)
+    _say_pushed(version, f"{commit} is")
+
+
+@partial(verb, group=hub)
+@click.argument("ref")
+@click.argument("repo", metavar="OWNER/REPO")
+@click.option("--private", is_flag=True, help="Make it private, and refuse one that is there and is not.")
+@click.option("--revision", metavar="BRANCH", help="Default: main. A branch that is not there is made.")
+@click.option("--endpoint", metavar="URL", help="Another Hub; default: HF_ENDPOINT, then huggingface.co.")
+def push_(ref: str, repo: str, private: bool, revision: str | None, endpoint: str | None) -> None:
+    """Upload the files of a version as one commit to OWNER/REPO, which is made if it is not there."""
+    target = HubReference.parse(f"hf://{repo.removeprefix('hf://')}")
+    if target.revision:
+        raise click.UsageError(f"give the branch with --revision {target.revision}")
+    from .hub import push_to_hub
+
+    with opened() as registry, tempfile.TemporaryDirectory() as temporary:
+        version = registry.resolve(ref)
+        folder = registry.fetch(version.digest, Path(temporary) / "files")
+        url = push_to_hub(folder, version, target.repo_id, private=private, revision=revision, endpoint=endpoint)
+    click.echo(f"{version} is {url}")
+
+
+@cli.group()
 def db() -> None:
     """Care for the catalog of a registry in a folder."""
 
@@ -464,6 +520,10 @@ def upgrade(where: str | None, database: str | None) -> None:
 
 
 # --- words and tables ---
+
+
+def _with_source(message: str, source: HubReference) -> str:
+    return f"{message} ({source})" if message else f"from {source}"
 
 
 def _find_adapter(name: str) -> Path:

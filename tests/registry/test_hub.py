@@ -19,6 +19,10 @@ from .conftest import Adapter
 COMMIT = "ab" * 20
 
 
+def git_id(data: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
 def hub_app(folder) -> Starlette:
     """The read side of the Hub for one repository, owner/adapter, whose main branch is at COMMIT."""
     files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
@@ -32,7 +36,7 @@ def hub_app(folder) -> Starlette:
             return unknown("RepoNotFound")
         if request.path_params["revision"] not in ("main", COMMIT):
             return unknown("RevisionNotFound")
-        siblings = [{"rfilename": name} for name in files]
+        siblings = [{"rfilename": name, "size": len(data), "blobId": git_id(data)} for name, data in files.items()]
         return JSONResponse({"id": "owner/adapter", "sha": COMMIT, "siblings": siblings, "tags": [], "private": False})
 
     def tree(request: Request) -> Response:
