@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -23,9 +24,9 @@ def machine() -> dict[str, Any]:
     return {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu}
 
 
-def versions() -> dict[str, str]:
+def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
     """The versions that matter to speed."""
-    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
 
 
 def _cpuinfo() -> list[str]:
@@ -50,9 +51,9 @@ class Series:
         return statistics.median(a / b for a, b in zip(self.values, other.values, strict=True))
 
 
-def write(name: str, title: str, lines: list[str], data: dict[str, Any]) -> Path:
+def write(name: str, title: str, lines: list[str], data: dict[str, Any], packages: Sequence[str] = PACKAGES) -> Path:
     """Write ``results/NAME-DATE.json`` and ``.md``; returns the latter's path."""
-    now, where, used = datetime.now(UTC), machine(), versions()
+    now, where, used = datetime.now(UTC), machine(), versions(packages)
     RESULTS.mkdir(exist_ok=True)
     stem = RESULTS / f"{name}-{now:%Y-%m-%d}-{'gpu' if where['gpu'] else 'cpu'}"
     whole = {"date": now.isoformat(timespec="seconds"), "machine": where, "versions": used, **data}

@@ -16,6 +16,7 @@ from starlette.responses import JSONResponse, PlainTextResponse
 from starlette.routing import Route
 
 from loraplex_registry.base import describe_base
+from loraplex_registry.cli import _listen
 from loraplex_registry.errors import CorruptBlob, InvalidAdapter, RemoteError, TooLarge, Unauthorized
 from loraplex_registry.http import read_tokens
 from loraplex_registry.manifest import FileEntry
@@ -322,6 +323,14 @@ def test_tokens(local, base, tmp_path, monkeypatch):
 
 
 # --- the command ---
+
+
+def test_answers_do_not_wait_for_acknowledgements():
+    """Head and body of an answer are two packets; without TCP_NODELAY the second came 40 ms after the first."""
+    with _listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        connection, _ = listener.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_serve_in_a_process(tmp_path, base):
