@@ -15,14 +15,14 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from . import errors
 from .base import BaseDescription
 from .errors import RegistryError
-from .hub_protocol import hub_routes, refusal, speaks
+from .hub_protocol import asked_range, hub_routes, refusal, speaks
 from .hub_upload import upload_routes
 from .manifest import FileEntry
 from .reference import Reference, check_digest, check_name, parse_alias
@@ -177,12 +177,24 @@ def get_manifest(request: Request) -> Response:
 
 
 def get_blob(request: Request) -> Response:
-    """The file as it lies, ranges included; the client proves it by its digest, which is its name."""
-    digest = check_digest(request.path_params["digest"])
-    file = _registry(request).store.path(digest.removeprefix("sha256:"))
-    if not file.is_file():
-        raise errors.UnknownDigest(digest)
-    return FileResponse(file, media_type="application/octet-stream", headers={"ETag": f'"{digest}"'})
+    """The file as it lies, or one range of it; the client proves it by its digest, which is its name."""
+    digest, store = check_digest(request.path_params["digest"]), _registry(request).store
+    sha256, etag = digest.removeprefix("sha256:"), f'"{digest}"'
+    try:
+        total_bytes = store.path(sha256).stat().st_size
+    except FileNotFoundError:
+        raise errors.UnknownDigest(digest) from None
+    asked = None
+    if request.headers.get("if-range", etag) == etag:
+        asked = asked_range(request.headers.get("range", ""), total_bytes)
+    start, stop = asked or (0, total_bytes)
+    headers = {"ETag": etag, "Accept-Ranges": "bytes", "Content-Length": str(stop - start)}
+    if asked:
+        headers["Content-Range"] = f"bytes {start}-{stop - 1}/{total_bytes}"
+    status, media_type = 206 if asked else 200, "application/octet-stream"
+    if request.method == "HEAD":
+        return Response(status_code=status, headers=headers, media_type=media_type)
+    return StreamingResponse(store.unproven(sha256, start, stop), status, headers, media_type)
 
 
 # --- writing ---
