@@ -14,7 +14,7 @@ from pydantic_core import from_json
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -92,7 +92,11 @@ def create_app(
             *upload_routes(),
         ],
         middleware=[Middleware(Bearer, tokens=tokens or {})],
-        exception_handlers={RegistryError: on_registry_error, HTTPException: on_http_error},
+        exception_handlers={
+            RegistryError: on_registry_error,
+            HTTPException: on_http_error,
+            ClientDisconnect: on_disconnect,
+        },
     )
     app.state.registry = registry
     app.state.bases = bases or TrustedBases()
@@ -288,6 +292,11 @@ def on_http_error(request: Request, error: Exception) -> Response:
     message = f"{request.method} {request.url.path}: {error.detail}"
     body = {"message": message, "type": "invalid_request_error", "param": None, "code": "invalid_request"}
     return JSONResponse({"error": body}, status_code=error.status_code, headers=error.headers)
+
+
+def on_disconnect(_request: Request, _error: Exception) -> Response:
+    """The client went away while it sent: that is no fault of the server's, and nobody reads this."""
+    return Response(status_code=400)
 
 
 def error_response(error: RegistryError, path: str) -> Response:

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import inspect
 import json
 import os
 import signal
@@ -30,13 +31,15 @@ from tiny import make_adapter
 from tiny import make_base as make_torch_base
 
 from loraplex_registry.cli import cli
+from loraplex_registry.commit_stream import CommitReader
 from loraplex_registry.errors import NoDraft, UnknownAdapter
 from loraplex_registry.http import create_app
+from loraplex_registry.hub_upload import _commit, _create, tag_revision
 from loraplex_registry.registry import Registry
 from loraplex_registry.remote import RemoteRegistry
 from loraplex_registry.trusted_bases import TrustedBases
 
-from .conftest import Adapter, make_receipt
+from .conftest import Adapter, make_receipt, run_python
 
 NAME = "ns/tagger"
 
@@ -730,6 +733,111 @@ def test_a_server_that_is_killed_inside_a_commit(local, folder, base, tmp_path):
     files = {entry.path: entry.bytes for entry in local.manifest(local.resolve(NAME).digest).files}
     assert files == {path: len(data) for path, data in content(folder).items()}
     assert local.verify() == []
+
+
+KILLED = """
+import os, pathlib, shutil, signal, sys
+from pathlib import Path
+from loraplex_registry.commit_stream import CommitReader
+from loraplex_registry.hub_upload import _commit, _create, tag_revision
+from loraplex_registry.registry import Registry
+from loraplex_registry.sqlite import SqliteDatabase
+from loraplex_registry.trusted_bases import TrustedBases
+NAME = "ns/tagger"
+parent, base, body = sys.argv[1:]
+bases = TrustedBases.describe([base])
+STEPS = ((os, "fsync"), (os, "link"), (pathlib.Path, "replace"), (pathlib.Path, "mkdir"), (SqliteDatabase, "writing"))
+
+Registry(f"{parent}/empty").close()
+
+def upload(root, fatal_call):
+    shutil.copytree(f"{parent}/empty", root)
+    calls = 0
+    def counted(real):
+        def call(*arguments, **options):
+            nonlocal calls
+            calls += 1
+            if calls == fatal_call:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*arguments, **options)
+        return call
+    for owner, name in STEPS:
+        setattr(owner, name, counted(getattr(owner, name)))
+    with Registry(root) as registry:
+        upload_and_tag(registry, bases, pathlib.Path(body))
+    os._exit(0)
+
+ended = []
+while 0 not in ended:
+    children = []
+    for fatal_call in range(len(ended) + 1, len(ended) + 9):
+        pid = os.fork()
+        if pid == 0:
+            upload(f"{parent}/r{fatal_call}", fatal_call)
+        children.append(pid)
+    ended += [os.waitpid(pid, 0)[1] for pid in children]
+print(*ended)
+"""
+
+
+def upload_and_tag(registry: Registry, bases: TrustedBases, body: Path) -> None:
+    """What the server does for create_repo, for one commit and for create_tag."""
+    _create(registry, NAME, "ada")
+    with registry.store.stage() as folder:
+        reader = CommitReader(folder, registry.limits.max_bytes)
+        reader.write(body.read_bytes())
+        _commit(registry, NAME, reader, "ada")
+    tag_revision(registry, bases, NAME, "main", "production", "", "ada")
+
+
+def test_killed_at_every_step_of_an_upload_and_its_tag(folder, base, tmp_path):
+    """SIGKILL before the n-th flush, rename, mkdir or transaction, for every n: what is seen is whole, and the same
+    acts again end with one version and its alias."""
+    lines = [{"key": "header", "value": {"summary": "s"}}]
+    lines += [added(path, data) for path, data in content(folder).items()]
+    (tmp_path / "body").write_bytes(b"".join(json.dumps(line).encode() + b"\n" for line in lines))
+    arguments = (tmp_path, f"tiny/base={base}", tmp_path / "body")
+    code = KILLED.replace("def upload(", inspect.getsource(upload_and_tag) + "def upload(")
+    output, _ = run_python(code, *arguments, stdout=subprocess.PIPE).communicate(timeout=60)
+    ended = [int(status) for status in output.split()]
+    steps = ended.index(0)
+    assert steps > 20
+    assert ended == [signal.SIGKILL] * steps + [0] * (len(ended) - steps)
+    bases = TrustedBases.describe([f"tiny/base={base}"])
+
+    def examine(step: int) -> tuple[int, int, int]:
+        """What is there after the kill, in files of the draft, versions and aliases."""
+        with Registry(tmp_path / f"r{step}") as registry:
+            half = (len(draft(registry)), len(versions(registry)), len(registry.aliases()))
+            assert registry.verify() == []
+            registry.gc(grace_seconds=0)
+            found = registry.drafts.find(NAME)
+            assert not found or all(registry.store.fault(entry) is None for entry in found.files)
+            upload_and_tag(registry, bases, tmp_path / "body")
+            assert (versions(registry), registry.aliases()) == ([1], {NAME: {"production": 1}})
+            assert (registry.drafts.find(NAME), registry.verify()) == (None, [])
+            return half
+
+    files = len(content(folder))
+    with ThreadPoolExecutor(8) as pool:
+        halves = set(pool.map(examine, range(1, steps + 1)))
+    assert halves == {(0, 0, 0), (files, 0, 0), (files, 1, 0), (files, 1, 1)}
+
+
+def test_a_client_that_goes_away(local, base):
+    with serving_command(local.root) as (server, environment):
+        HfApi(endpoint=environment["HF_ENDPOINT"], token=False).create_repo(NAME)
+
+        def half():
+            yield b'{"key":"header","value":{"summary":"s"}}\n{"key":"file","value":{"path":"a","content":"QUJD'
+            raise KeyError("gone")
+
+        with pytest.raises(KeyError):
+            httpx.post(f"{environment['HF_ENDPOINT']}/api/models/{NAME}/commit/main", content=half())
+        assert httpx.get(f"{environment['HF_ENDPOINT']}/health").status_code == 200
+        server.send_signal(signal.SIGINT)
+        assert server.communicate(timeout=30)[1] == ""  # no traceback: it is nobody's fault
+    assert (draft(local), list(local.store.staging.iterdir())) == ({}, [])
 
 
 _PEFT = """
