@@ -32,12 +32,12 @@ WAIT = f"until (exec 3<>/dev/tcp/127.0.0.1/{PORT}) 2>/dev/null; do sleep 0.1; do
 
 @pytest.fixture
 def hub(tmp_path):
-    """Another registry, which the page takes for the Hub: it has owner/quotes-tagger."""
+    """Another registry, which the page takes for the Hub: it has owner/quotes-tagger, and knows the user's token."""
     base = make_base(tmp_path / "hub-base", seed=1)
     adapter = Adapter(seed=9, config={"base_model_name_or_path": "TinyLlama/TinyLlama-1.1B-Chat-v1.0"})
     with Registry(tmp_path / "hub") as registry:
         registry.push("owner/quotes-tagger", adapter.write(tmp_path / "hub-adapter"), base=base)
-        with serving(create_app(registry)) as url:
+        with serving(create_app(registry, {"hf_secret": "owner"})) as url:
             yield url
 
 
@@ -51,6 +51,8 @@ def world(tmp_path, hub):
     make_base(cached / "snapshots" / COMMIT, seed=1)
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text(COMMIT)
+    (folder / "models").mkdir()
+    (folder / "models" / "tinyllama").symlink_to(base)
     (folder / "tokens").write_text("ada 3f9c5c7d1b6e4f0a8b2d\n")
     environment = {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -58,6 +60,7 @@ def world(tmp_path, hub):
         "HOME": str(home),
         "HF_HOME": str(home),
         "HF_ENDPOINT": hub,
+        "HF_TOKEN": "hf_secret",
         "LORAPLEX_HOME": str(home / "loraplex"),
     }
     return folder, environment
