@@ -9,6 +9,7 @@ import re
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import postgres
@@ -27,7 +28,7 @@ TINYLLAMA = "models--TinyLlama--TinyLlama-1.1B-Chat-v1.0"
 COMMIT = "ab" * 20
 DATABASE = "postgresql://loraplex@db.example.com/loraplex"
 PORT, SERVER, SERVES = 8100, ".server", re.compile(r"^(\$ )?registry .*\bserve\b", flags=re.M)
-WAIT = f"until (exec 3<>/dev/tcp/127.0.0.1/{PORT}) 2>/dev/null; do sleep 0.1; done"
+WAIT = f"until (exec 3<>/dev/tcp/127.0.0.1/{PORT}) 2>/dev/null; do kill -0 $!; sleep 0.1; done"
 
 
 @pytest.fixture
@@ -80,9 +81,10 @@ def as_run(block: str, database: str) -> str:
 
 def stop_server(folder: Path) -> None:
     if (file := folder / SERVER).exists():
-        server = psutil.Process(int(file.read_text()))
-        server.terminate()
-        server.wait(10)
+        with suppress(psutil.NoSuchProcess):
+            server = psutil.Process(int(file.read_text()))
+            server.terminate()
+            server.wait(10)
         file.unlink()
 
 
