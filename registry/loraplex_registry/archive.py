@@ -14,9 +14,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .base import describe_base
-from .blobs import Progress, silent, sync_folder, write_durably
+from .blobs import Progress, silent, write_durably
 from .errors import InvalidAdapter, InvalidArchive, InvalidRequest, RegistryError
 from .manifest import CHUNK_BYTES, SHA256, Manifest
+from .places import sync_folder
 from .reference import check_digest, check_name
 from .registry import MANIFEST, Registry, base_ref, find_base
 from .remote import RemoteRegistry

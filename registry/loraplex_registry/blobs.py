@@ -1,12 +1,11 @@
-"""The folder of blobs: content named by its sha256. Owns how bytes become durable and how they are proven on reading.
+"""The store of blobs: content named by its sha256. Owns how bytes become durable and how they are proven on reading.
 
-Knows no versions. A file is staged (copied, flushed), then published by rename; an interrupted push leaves only
-staging leftovers, which a later push sweeps away.
+Knows no versions. A file is staged (copied, flushed) in a folder, then published to where blobs lie; an interrupted
+push leaves only staging leftovers, which a later push sweeps away.
 """
 
 import hashlib
 import os
-import re
 import shutil
 import tempfile
 import time
@@ -14,8 +13,9 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
-from .errors import CorruptBlob, FolderNotEmpty
+from .errors import CorruptBlob, FolderNotEmpty, StoreUnavailable
 from .manifest import CHUNK_BYTES, FileEntry, Manifest
+from .places import Folder, Place
 from .shared_reads import PIECE_BYTES, SharedReads
 
 GRACE_SECONDS = 6 * 3600.0
@@ -27,14 +27,11 @@ def silent(_bytes: int) -> None:
 
 
 class BlobStore:
-    """`root/blobs/sha256/ab/<hex>` and `root/staging/`. All paths in and out are local."""
+    """Blobs in a place, the root's own folder unless another is given, and `root/staging/`, which is always local."""
 
-    def __init__(self, root: Path) -> None:
-        self.blobs, self.staging = root / "blobs" / "sha256", root / "staging"
+    def __init__(self, root: Path, place: Place | None = None) -> None:
+        self.staging, self.place = root / "staging", place or Folder(root)
         self._reads = SharedReads()
-
-    def path(self, sha256: str) -> Path:
-        return self.blobs / sha256[:2] / sha256
 
     # --- writing ---
 
@@ -56,14 +53,8 @@ class BlobStore:
                 shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
     def publish(self, staged: Path, sha256: str) -> None:
-        """Move a staged, flushed file to its place. A blob already there is replaced by the same, proven bytes."""
-        target = self.path(sha256)
-        if not target.parent.is_dir():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            for folder in (self.blobs.parent.parent, self.blobs.parent, self.blobs):
-                sync_folder(folder)
-        staged.replace(target)
-        sync_folder(target.parent)
+        """Put a staged, flushed file in its place. A blob already there is replaced by the same, proven bytes."""
+        self.place.put(staged, sha256)
 
     # --- removing ---
 
@@ -72,17 +63,10 @@ class BlobStore:
 
         Returns how many, and their bytes; a dry run only counts. The caller holds the catalog's `collecting`.
         """
-        files = total_bytes = 0
-        for file in self.blobs.glob("??/*"):
-            if not re.fullmatch("[0-9a-f]{64}", file.name) or file.name in marked:
-                continue
-            about = file.stat()
-            if about.st_mtime > before:
-                continue
-            if not dry_run:
-                file.unlink()
-            files, total_bytes = files + 1, total_bytes + about.st_size
-        return files, total_bytes
+        stale = [blob for blob in self.place.all() if blob.sha256 not in marked and blob.written_at <= before]
+        if not dry_run:
+            self.place.remove(blob.sha256 for blob in stale)
+        return len(stale), sum(blob.bytes for blob in stale)
 
     # --- reading ---
 
@@ -102,13 +86,13 @@ class BlobStore:
 
         Those who read one blob at the same time share the reading of it.
         """
-        with self.path(sha256).open("rb", buffering=0) as file:
+        with self.place.opened(sha256) as read:
 
-            def read(number: int) -> bytes:
-                return os.pread(file.fileno(), PIECE_BYTES, number * PIECE_BYTES)
+            def read_piece(number: int) -> bytes:
+                return read(number * PIECE_BYTES, PIECE_BYTES)
 
             at = start - start % PIECE_BYTES
-            with closing(self._reads.pieces(sha256, read, start // PIECE_BYTES)) as pieces:
+            with closing(self._reads.pieces(sha256, read_piece, start // PIECE_BYTES)) as pieces:
                 for piece in pieces:
                     wanted = piece[max(start - at, 0) : None if stop is None else stop - at]
                     at += len(piece)
@@ -118,17 +102,20 @@ class BlobStore:
                         return
 
     def fault(self, entry: FileEntry) -> str | None:
-        """What is wrong with a blob: missing, truncated, altered; or None."""
-        file = self.path(entry.sha256)
+        """What is wrong with a blob: missing, truncated, altered; or None. Raises StoreUnavailable."""
+        digest, found_bytes = hashlib.sha256(), 0
         try:
-            found_bytes = file.stat().st_size
-            with file.open("rb") as stream:
-                found = hashlib.file_digest(stream, "sha256").hexdigest()
+            with self.place.opened(entry.sha256) as read:
+                while piece := read(found_bytes, PIECE_BYTES):
+                    digest.update(piece)
+                    found_bytes += len(piece)
         except FileNotFoundError:
             return "missing"
+        except StoreUnavailable:  # which says nothing about this blob
+            raise
         except OSError as error:
             return f"unreadable: {error.strerror}"
-        if found == entry.sha256:
+        if digest.hexdigest() == entry.sha256:
             return None
         return f"truncated: {found_bytes} of {entry.bytes} bytes" if found_bytes < entry.bytes else "altered"
 
@@ -168,15 +155,6 @@ def write_durably(chunks: Iterator[bytes], file: Path, progress: Progress = sile
 def read_chunks(file: Path) -> Iterator[bytes]:
     with file.open("rb") as stream:
         yield from iter(lambda: stream.read(CHUNK_BYTES), b"")
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames inside the folder durable."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def materialize(manifest: Manifest, into: Path, chunks: Callable[[FileEntry], Iterator[bytes]]) -> Path:

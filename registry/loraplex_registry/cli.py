@@ -427,7 +427,15 @@ def verify(ref: str | None, everything: bool, style: str) -> None:
 @click.option("--token-file", type=click.Path(path_type=Path), help="Bearer tokens, one a line: [WHO] TOKEN.")
 @click.option("--base", "bases", multiple=True, metavar="BASE", help="ID, PATH or ID=PATH that uploads may belong to.")
 @database_option
-def serve(host: str, port: int, token_file: Path | None, bases: tuple[str, ...], database: str | None) -> None:
+@click.option("--store", metavar="URL", help="s3://bucket/prefix, for the blobs; also LORAPLEX_REGISTRY_STORE.")
+def serve(
+    host: str,
+    port: int,
+    token_file: Path | None,
+    bases: tuple[str, ...],
+    database: str | None,
+    store: str | None,
+) -> None:
     """Serve the registry over HTTP. Tokens also come from LORAPLEX_REGISTRY_TOKENS, separated by commas."""
     import uvicorn
 
@@ -435,7 +443,7 @@ def serve(host: str, port: int, token_file: Path | None, bases: tuple[str, ...],
     from .watchers import StreamingServer
 
     tokens, trusted = _read_tokens(token_file), TrustedBases.describe(bases)
-    with open_registry(click.get_current_context().obj, database=database) as registry:
+    with open_registry(click.get_current_context().obj, database=database, store=store) as registry:
         if not isinstance(registry, Registry):
             raise OneLine(f"serve needs a folder, not {registry.url}")
         listener = _listen(host, port)

@@ -185,7 +185,7 @@ def get_blob(request: Request) -> Response:
     digest, store = check_digest(request.path_params["digest"]), _registry(request).store
     sha256, etag = digest.removeprefix("sha256:"), f'"{digest}"'
     try:
-        total_bytes = store.path(sha256).stat().st_size
+        total_bytes = store.place.size(sha256)
     except FileNotFoundError:
         raise errors.UnknownDigest(digest) from None
     asked = None

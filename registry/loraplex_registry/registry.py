@@ -19,6 +19,7 @@ from platformdirs import user_data_path
 from .adapter_config import read_config
 from .base import BaseDescription, describe_base
 from .blobs import BlobStore, Progress, materialize, read_chunks, silent, write_durably
+from .bucket import Bucket
 from .catalog import Catalog
 from .database import open_database
 from .drafts import Drafts
@@ -53,10 +54,13 @@ MANIFEST = "manifest.json"  # how errors and faults call the manifest; it is sto
 class Registry:
     """Adapter versions in one folder: `catalog.sqlite3`, `blobs/`, `staging/`. Safe for many threads and processes.
 
-    With a `database`, a PostgreSQL URL, the catalog lies there instead, for many machines.
+    With a `database`, a PostgreSQL URL, the catalog lies there instead, for many machines; with a `store`, a URL like
+    s3://bucket/prefix, so do the blobs. Staging is always in the folder.
     """
 
-    def __init__(self, root: str | Path, limits: Limits | None = None, *, database: str | None = None) -> None:
+    def __init__(
+        self, root: str | Path, limits: Limits | None = None, *, database: str | None = None, store: str | None = None
+    ) -> None:
         """Open the folder, or make it. Raises StoreUnavailable."""
         self.root = Path(root).expanduser()
         self.limits = limits or Limits()
@@ -66,7 +70,7 @@ class Registry:
             raise StoreUnavailable(f"the data directory '{self.root}' is not a folder") from error
         except OSError as error:
             raise StoreUnavailable(f"the data directory '{self.root}' cannot be made: {error.strerror}") from error
-        self.store = BlobStore(self.root)
+        self.store = BlobStore(self.root, Bucket(store) if store else None)
         opened = open_database(self.root / CATALOG, database)
         self.catalog, self.drafts = Catalog(opened), Drafts(opened)
 

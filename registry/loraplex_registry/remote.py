@@ -26,7 +26,7 @@ from .watch import Watch, ignore
 from .wire import Proposal, dump, load, load_error
 
 TIMEOUT_SECONDS = 60.0
-DATABASE = "LORAPLEX_REGISTRY_DATABASE"
+DATABASE, STORE = "LORAPLEX_REGISTRY_DATABASE", "LORAPLEX_REGISTRY_STORE"
 T = TypeVar("T")
 
 
@@ -217,14 +217,18 @@ _Acts, _Moves, _Faults, _Versions = (
 )  # the class has a method called list
 
 
-def open_registry(where: str | Path | None = None, *, database: str | None = None) -> Registry | RemoteRegistry:
+def open_registry(
+    where: str | Path | None = None, *, database: str | None = None, store: str | None = None
+) -> Registry | RemoteRegistry:
     """The registry in a folder or behind a URL; None is the default folder. Raises StoreUnavailable.
 
-    A folder's catalog lies in `database`, else in LORAPLEX_REGISTRY_DATABASE, else in the folder.
+    A folder's catalog lies in `database`, else in LORAPLEX_REGISTRY_DATABASE, else in the folder; its blobs in `store`,
+    else in LORAPLEX_REGISTRY_STORE, else in the folder.
     """
     if where and str(where).startswith(("http://", "https://")):
         return RemoteRegistry(str(where))
-    return Registry(where or Registry.default_root(), database=database or os.environ.get(DATABASE))
+    database, store = database or os.environ.get(DATABASE), store or os.environ.get(STORE)
+    return Registry(where or Registry.default_root(), database=database, store=store)
 
 
 def _load(kind: type[T], answer: object) -> T:

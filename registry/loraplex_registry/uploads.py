@@ -10,9 +10,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from .blobs import BlobStore, sync_folder
+from .blobs import BlobStore
 from .errors import CorruptBlob, InvalidManifest, MissingBlobs, TooLarge
 from .manifest import FileEntry
+from .places import sync_folder
 
 
 class Upload:
@@ -83,9 +84,10 @@ def forget(store: BlobStore, files: tuple[FileEntry, ...]) -> None:
 
 def _lay(store: BlobStore, entry: FileEntry, target: Path) -> bool:
     target.parent.mkdir(parents=True, exist_ok=True)
-    for source in (arrived(store, entry.sha256), store.path(entry.sha256)):
+    uploaded = arrived(store, entry.sha256)
+    for lay in (lambda: os.link(uploaded, target), lambda: store.place.lay(entry.sha256, target)):
         try:
-            os.link(source, target)
+            lay()
         except FileNotFoundError:
             continue
         if FileEntry.of(target, entry.path) == entry:

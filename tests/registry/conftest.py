@@ -1,13 +1,16 @@
 """Tiny bases and adapters made with numpy alone, and a registry in a temporary folder."""
 
 import json
+import logging
 import os
+import secrets
 import subprocess
 import sys
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import httpx
 import numpy as np
 import postgres
 import pytest
@@ -16,6 +19,7 @@ from serving import serving
 
 from loraplex_registry.base import fingerprint_base
 from loraplex_registry.blobs import BlobStore
+from loraplex_registry.bucket import Bucket
 from loraplex_registry.http import create_app
 from loraplex_registry.postgres import PostgresDatabase
 from loraplex_registry.registry import Registry
@@ -33,6 +37,7 @@ def own_folders(tmp_path, monkeypatch):
     monkeypatch.delenv("LORAPLEX_REGISTRY", raising=False)
     monkeypatch.delenv("LORAPLEX_REGISTRY_TOKEN", raising=False)
     monkeypatch.delenv("LORAPLEX_REGISTRY_DATABASE", raising=False)
+    monkeypatch.delenv("LORAPLEX_REGISTRY_STORE", raising=False)
 
 
 def llama_tensors(seed: int = 0) -> dict[str, np.ndarray]:
@@ -160,14 +165,45 @@ def database(cluster):
     cluster.drop(url)
 
 
+@pytest.fixture(scope="session")
+def object_store():
+    """An S3 that answers here, moto's, as its URL; it has a bucket `adapters`."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server.start()
+    url = "http://{}:{}".format(*server.get_host_and_port())
+    bucket = f"{url}/adapters"
+    httpx.put(bucket, headers={"Authorization": "AWS4-HMAC-SHA256 Credential=a/20260101/us-east-1/s3/aws4_request"})
+    assert httpx.head(bucket).is_success
+    yield url
+    server.stop()
+
+
+@pytest.fixture
+def bucket(object_store, monkeypatch):
+    """The URL of a store with nothing in it; credentials are in the environment."""
+    for key, value in {
+        "AWS_ENDPOINT_URL": object_store,
+        "AWS_REGION": "us-east-1",
+        "AWS_ACCESS_KEY_ID": "tester",
+        "AWS_SECRET_ACCESS_KEY": "hunter2",
+    }.items():
+        monkeypatch.setenv(key, value)
+    return f"s3://adapters/team/{secrets.token_hex(4)}"
+
+
 @pytest.fixture(params=["folder", "url", "postgres"])
 def registry(request, tmp_path, monkeypatch):
-    """A registry whose store is tmp_path/registry: opened here, behind its server, and with PostgreSQL.
+    """A registry in tmp_path/registry: opened here, behind its server, with PostgreSQL, or with that and S3.
 
     `open_registry(tmp_path / "registry")` opens the same one once more, also in another process.
     """
-    if request.param == "postgres":
+    if request.param in ("postgres", "bucket"):
         monkeypatch.setenv("LORAPLEX_REGISTRY_DATABASE", request.getfixturevalue("database"))
+    if request.param == "bucket":
+        monkeypatch.setenv("LORAPLEX_REGISTRY_STORE", request.getfixturevalue("bucket"))
     with open_registry(tmp_path / "registry") as local:
         assert isinstance(local, Registry)
         if request.param != "url":
@@ -178,8 +214,10 @@ def registry(request, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def store(tmp_path) -> BlobStore:
-    return BlobStore(tmp_path / "registry")
+def store(registry, tmp_path) -> BlobStore:
+    """The registry's blobs, beside it."""
+    url = os.environ.get("LORAPLEX_REGISTRY_STORE")
+    return BlobStore(tmp_path / "registry", Bucket(url) if url else None)
 
 
 @pytest.fixture

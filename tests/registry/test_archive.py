@@ -90,7 +90,7 @@ def test_a_file_that_is_there_stays(push, registry, tmp_path):
 
 def test_a_damaged_blob_is_not_exported(push, registry, store, tmp_path):
     entry = registry.manifest(push().digest).files[0]
-    store.path(entry.sha256).write_bytes(b"altered")
+    store.place.path(entry.sha256).write_bytes(b"altered")
     with pytest.raises(OSError, match=entry.path):
         export_versions(registry, ["quotes-tagger"], tmp_path / "x.tar")
     assert not (tmp_path / "x.tar").exists()

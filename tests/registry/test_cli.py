@@ -209,7 +209,7 @@ def test_verify_names_damage_and_fails(run, trained, store):
     run("push", "quotes-tagger")
     shown = json.loads(run("show", "quotes-tagger", "--format", "json").out)
     weights = next(f for f in shown["manifest"]["files"] if f["path"] == "adapter_model.safetensors")
-    store.path(weights["sha256"]).write_bytes(b"short")
+    store.place.path(weights["sha256"]).write_bytes(b"short")
     answer = run("verify")
     assert answer.code == 1
     row = answer.out.splitlines()[1]

@@ -1,4 +1,4 @@
-"""What every registry does, in a folder and behind a URL: each test runs against both."""
+"""What every registry does, wherever it lies: each test runs against all of them."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -26,6 +26,8 @@ from loraplex_registry.registry import Registry
 from loraplex_registry.version import Fault
 
 from .conftest import Adapter, make_base, make_receipt
+
+pytestmark = pytest.mark.parametrize("registry", ["folder", "url", "postgres", "bucket"], indirect=True)
 
 # --- push ---
 
@@ -67,7 +69,7 @@ def test_refused_pushes_leave_nothing(registry, store, base, tmp_path):
         registry.push("x", Adapter().write(tmp_path / "fine"), base=base, message="x" * 5000)
     assert registry.list() == []
     assert not store.staging.exists() or list(store.staging.iterdir()) == []
-    assert not store.blobs.exists()
+    assert list(store.place.all()) == []
 
 
 def test_where_the_base_comes_from(registry, base, tmp_path):
@@ -417,15 +419,12 @@ def test_pull_gives_back_the_bytes(push, registry, tmp_path):
     assert registry.pull("quotes-tagger:2", tmp_path / "empty").number == 2
 
 
-def spoil(file, how):
-    if how == "missing":
-        file.unlink()
-    elif how == "truncated":
-        file.write_bytes(file.read_bytes()[:-3])
-    else:
-        data = bytearray(file.read_bytes())
-        data[-1] ^= 1
-        file.write_bytes(data)
+def spoil(store, sha256, how, file):
+    data = b"".join(store.unproven(sha256))
+    store.place.remove([sha256])
+    if how != "missing":
+        file.write_bytes(data[:-3] if how == "truncated" else data[:-1] + bytes([data[-1] ^ 1]))
+        store.place.put(file, sha256)
 
 
 @pytest.mark.parametrize("how", ["missing", "truncated", "altered"])
@@ -434,7 +433,7 @@ def test_damage_is_named_and_never_handed_out(push, registry, store, tmp_path, h
     healthy = push(seed=1)
     weights = next(e for e in registry.manifest(version.digest).files if e.path == "adapter_model.safetensors")
     assert registry.verify() == []
-    spoil(store.path(weights.sha256), how)
+    spoil(store, weights.sha256, how, tmp_path / "spoilt")
     with pytest.raises(CorruptBlob, match=f"adapter_model.safetensors.*{weights.sha256}") as caught:
         registry.fetch(version.digest, tmp_path / "out")
     assert isinstance(caught.value, OSError)
@@ -452,7 +451,7 @@ def test_damage_is_named_and_never_handed_out(push, registry, store, tmp_path, h
 
 def test_a_damaged_manifest_is_a_fault(push, registry, store, tmp_path):
     version = push()
-    spoil(store.path(version.digest.removeprefix("sha256:")), "altered")
+    spoil(store, version.digest.removeprefix("sha256:"), "altered", tmp_path / "spoilt")
     assert registry.verify() == [Fault("quotes-tagger:1", "manifest.json", "altered")]
     with pytest.raises(CorruptBlob, match=r"manifest\.json"):
         registry.pull("quotes-tagger", tmp_path / "out")

@@ -23,7 +23,7 @@ from .conftest import Adapter, make_receipt, served
 
 
 def blobs(store):
-    return {path.name for path in store.blobs.rglob("*") if path.is_file()}
+    return {path.name for path in store.place.blobs.rglob("*") if path.is_file()}
 
 
 def put(store, data: bytes, age_seconds: float) -> str:
@@ -31,7 +31,7 @@ def put(store, data: bytes, age_seconds: float) -> str:
     store.staging.mkdir(parents=True, exist_ok=True)
     entry = write_durably(iter([data]), store.staging / "stray")
     store.publish(store.staging / "stray", entry.sha256)
-    os.utime(store.path(entry.sha256), (time.time() - age_seconds, time.time() - age_seconds))
+    os.utime(store.place.path(entry.sha256), (time.time() - age_seconds, time.time() - age_seconds))
     return entry.sha256
 
 
@@ -112,7 +112,7 @@ def test_a_damaged_manifest_stops_gc(push, registry, store):
     gone = push(seed=1)
     registry.delete(str(gone))
     stray = put(store, b"stray", 9999)
-    manifest = store.path(version.digest.removeprefix("sha256:"))
+    manifest = store.place.path(version.digest.removeprefix("sha256:"))
     whole = manifest.read_bytes()
     manifest.write_bytes(b"{}")
     with pytest.raises(CorruptBlob, match=r"manifest\.json"):

@@ -232,7 +232,7 @@ def test_a_damaged_blob_is_asked_for_again(http, local, base, tmp_path):
     folder = Adapter().write(tmp_path / "a")
     version = local.push("x", folder, base=base)
     entry = local.manifest(version.digest).files[1]
-    blob = local.store.path(entry.sha256)
+    blob = local.store.place.path(entry.sha256)
     blob.write_bytes(b"x" * entry.bytes)
     answer = http.post("/v1/adapters/y/versions", json=proposal(folder, base))
     assert answer.json()["error"]["detail"]["digests"] == [f"sha256:{entry.sha256}"]
@@ -246,7 +246,7 @@ def test_the_client_trusts_no_server(base, tmp_path):
     with Registry(tmp_path / "registry") as local, served(local) as url, RemoteRegistry(url) as remote:
         version = local.push("x", Adapter().write(tmp_path / "a"), base=base)
         entry = local.manifest(version.digest).files[1]
-        local.store.path(entry.sha256).write_bytes(b"x" * entry.bytes)
+        local.store.place.path(entry.sha256).write_bytes(b"x" * entry.bytes)
         with pytest.raises(CorruptBlob, match=entry.sha256):
             remote.fetch(version.digest, tmp_path / "out")
         assert not (tmp_path / "out").exists()

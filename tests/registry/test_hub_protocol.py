@@ -328,7 +328,7 @@ def test_heads_and_ranges_that_are_none(hub, web, local):
 def test_altered_bytes_never_arrive_as_a_file(hub, web, local, store, cache):
     """Stock clients compare sizes alone, so the server proves: a small file at once, a large one by its last bytes."""
     for entry in local.manifest(local.resolve("ns/tagger").digest).files:
-        blob = store.path(entry.sha256)
+        blob = store.place.path(entry.sha256)
         blob.chmod(0o644)
         blob.write_bytes(blob.read_bytes()[:-1] + b"?")
     with pytest.raises(HfHubHTTPError, match="not what its digest says"):
@@ -339,7 +339,7 @@ def test_altered_bytes_never_arrive_as_a_file(hub, web, local, store, cache):
         web.get(card)
     answer = web.get(card, headers={"Range": "bytes=-1"})
     assert (answer.status_code, "not what its digest says" in answer.json()["error"]) == (422, True)
-    store.path(entry.sha256).unlink()
+    store.place.path(entry.sha256).unlink()
     assert "is missing" in web.get(f"{hub.endpoint}/ns/tagger/resolve/main/{entry.path}").json()["error"]
 
 

@@ -99,7 +99,7 @@ def versions(registry, name: str = NAME) -> list[int]:
 
 
 def blobs(registry) -> set[str]:
-    return {path.name for path in registry.store.blobs.glob("??/*")}
+    return {path.name for path in registry.store.place.blobs.glob("??/*")}
 
 
 # --- from an upload to a version ---
@@ -538,7 +538,7 @@ def test_content_wherever_it_stands_in_the_line(url, local):
     assert draft(local) == {"one.bin": len(data), tricky: 0, "two.txt": 2}
     (kept,) = [entry.sha256 for entry in local.drafts.find(NAME).files if entry.path == "one.bin"]
     assert kept == hashlib.sha256(data).hexdigest()
-    assert local.store.path(kept).read_bytes() == data
+    assert local.store.place.path(kept).read_bytes() == data
     twice = (
         '{"key":"header","value":{"summary":"s"}}\n{"key":"file","value":{"content":"","content":"QQ==","path":"x"}}'
     )

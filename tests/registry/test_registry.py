@@ -28,9 +28,9 @@ def registry(tmp_path):
 
 def test_blobs_are_shared(push, registry):
     push("one")
-    files = {path for path in registry.store.blobs.rglob("*") if path.is_file()}
+    files = {path for path in registry.store.place.blobs.rglob("*") if path.is_file()}
     push("two")
-    assert {path for path in registry.store.blobs.rglob("*") if path.is_file()} == files
+    assert {path for path in registry.store.place.blobs.rglob("*") if path.is_file()} == files
 
 
 def test_the_ledger_cannot_be_rewritten(push, registry):

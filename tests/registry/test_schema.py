@@ -65,7 +65,7 @@ def first_release(push, registry, tmp_path) -> Path:
     registry.promote("quotes-tagger:1", "production", "it works")
     registry.promote("quotes-tagger:2", "production")
     old = tmp_path / "old"
-    shutil.copytree(registry.store.blobs, old / "blobs" / "sha256")
+    shutil.copytree(registry.store.place.blobs, old / "blobs" / "sha256")
     with (
         closing(sqlite3.connect(old / "catalog.sqlite3")) as db,
         closing(sqlite3.connect(registry.root / "catalog.sqlite3")) as filled,

@@ -86,7 +86,7 @@ def test_pulls_over_http_share_one_read_of_the_store(tmp_path, monkeypatch):
     reads, pread = [], os.pread
     monkeypatch.setattr(os, "pread", lambda file, size, at: reads.append(at) or pread(file, size, at))
     with Registry(tmp_path / "registry") as local, served(local) as url:
-        place = local.store.path(sha256)
+        place = local.store.place.path(sha256)
         place.parent.mkdir(parents=True)
         place.write_bytes(data)
         all_here = threading.Barrier(clients)
