@@ -13,6 +13,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from .acts import acts as _acts
 from .database import Database, Writing
 from .errors import (
     DeletedVersion,
@@ -31,12 +32,13 @@ from .errors import (
 from .manifest import BaseRef
 from .query import NUMBERS, SIGNS, Comparison, Field
 from .reference import Reference
+from .schema import METADATA
 from .version import Act, AliasMove, Deletion, Version, previous_target
 
 PRODUCTION = "production"
 
 _Long = sa.Integer().with_variant(sa.BigInteger(), "postgresql")  # SQLite's integers have 64 bits anyway
-_metadata = sa.MetaData()
+_metadata = METADATA
 _versions = sa.Table(
     "versions",
     _metadata,
@@ -118,6 +120,7 @@ class Catalog:
     def __init__(self, database: Database) -> None:
         self._database = database
         self._read, self._write = database.reading, database.writing
+        self.reading, self.writing = database.reading, database.writing  # for the files that own other tables
         self.collecting = database.collecting
 
     def close(self) -> None:
@@ -150,12 +153,19 @@ class Catalog:
         with self._read() as db:
             return [_version(row) for row in db.execute(_SELECT.order_by(_versions.c.name, _versions.c.number))]
 
-    def search(self, terms: Sequence[Comparison | Field], key: str, highest: bool, limit: int) -> list[Version]:
-        """At most ``limit`` versions for which all terms hold, sorted by a key; those that lack it come last."""
+    def search(
+        self, terms: Sequence[Comparison | Field], key: str, highest: bool, limit: int, prefix: str = ""
+    ) -> list[Version]:
+        """At most ``limit`` versions for which all terms hold, sorted by a key; those that lack it come last.
+
+        Of names that begin with a prefix.
+        """
         words = {"name": _versions.c.name, "created": _versions.c.created_at}
         column = words[key] if key in words else _column(key)
         order = sa.nulls_last(column.desc() if highest else column.asc())
-        found = _SELECT.where(*map(_holds, terms)).order_by(order, _versions.c.name, _versions.c.number.desc())
+        found = _SELECT.where(*map(_holds, terms), *_begins(_versions.c.name, prefix)).order_by(
+            order, _versions.c.name, _versions.c.number.desc()
+        )
         with self._read() as db:
             return [_version(row) for row in db.execute(found.limit(limit))]
 
@@ -177,15 +187,22 @@ class Catalog:
         with self._read() as db:
             return db.scalar(sa.select(sa.func.max(_moves.c.id))) or 0
 
-    def moves(self, after: int, name: str | None, alias: str | None, limit: int) -> list[AliasMove]:
-        """The ledger's rows after an id, oldest first, at most ``limit``: of a name and an alias, None meaning all."""
+    def moves(self, after: int, name: str | None, alias: str | None, limit: int, prefix: str = "") -> list[AliasMove]:
+        """The ledger's rows after an id, oldest first, at most ``limit``: of a name and an alias, None meaning all.
+
+        Of names that begin with a prefix.
+        """
         wanted = {column: word for column, word in (("name", name), ("alias", alias)) if word}
-        found = sa.select(_moves).where(_moves.c.id > after).filter_by(**wanted).order_by(_moves.c.id).limit(limit)
+        rows = sa.select(_moves).where(_moves.c.id > after, *_begins(_moves.c.name, prefix)).filter_by(**wanted)
+        found = rows.order_by(_moves.c.id).limit(limit)
         with self._read() as db:
             return [_alias_move(row) for row in db.execute(found)]
 
-    def audit(self, name: str | None, limit: int) -> list[Act]:
-        """What was done, newest first, at most ``limit``: to a name, or to all. Raises UnknownAdapter."""
+    def audit(self, name: str | None, limit: int, prefix: str = "") -> list[Act]:
+        """What was done, newest first, at most ``limit``: to a name, or to all that begin with a prefix.
+
+        Raises UnknownAdapter.
+        """
         version = _versions.c.name + ":" + _text(_versions.c.number)
         pushes = sa.select(
             _versions.c.created_at.label("at"),
@@ -201,13 +218,19 @@ class Catalog:
         gone = _deletions.c
         hidden = gone.name + ":" + _text(gone.number)
         deletions = sa.select(gone.at, gone.who, gone.action, hidden, gone.reason, gone.name)
-        acts = sa.union_all(pushes, moves, deletions).subquery()
-        found = sa.select(acts).order_by(acts.c.at.desc()).limit(limit)
+        other = sa.select(_acts.c.at, _acts.c.who, _acts.c.action, _acts.c.subject, _acts.c.reason, _acts.c.name)
+        acts = sa.union_all(pushes, moves, deletions, other).subquery()
+        found = sa.select(acts).where(*_begins(acts.c.name, prefix)).order_by(acts.c.at.desc()).limit(limit)
         with self._read() as db:
             rows = db.execute(found.where(acts.c.name == name) if name else found).all()
             if name and not rows:
                 raise self._not_found(db, Reference(name))
         return [Act(datetime.fromisoformat(row.at), row.who, row.action, row.subject, row.reason) for row in rows]
+
+    def digests(self, prefix: str) -> list[str]:
+        """The digests of all versions, deleted ones too, of names that begin with a prefix."""
+        with self._read() as db:
+            return list(db.scalars(sa.select(_versions.c.digest).where(*_begins(_versions.c.name, prefix)).distinct()))
 
     # --- acts ---
 
@@ -411,6 +434,10 @@ def _unmet(version: Version, required: Comparison) -> str:
         return f"{required} is required, and it has {own:g}"
     known = ", ".join(version.metrics) or "none"
     return f"{required} is required, and it has no {required.key} (its metrics are {known})"
+
+
+def _begins(column: sa.ColumnElement[Any], prefix: str) -> tuple[sa.ColumnElement[bool], ...]:
+    return (column.startswith(prefix, autoescape=True),) if prefix else ()
 
 
 def _text(column: sa.ColumnElement[Any]) -> sa.ColumnElement[str]:

@@ -169,7 +169,9 @@ def restore(ref: str, reason: str) -> None:
         click.echo(f"restored {registry.restore(ref, reason)}")
 
 
-def _seconds(_ctx: click.Context, option: click.Parameter, value: str) -> int:
+def seconds(_ctx: click.Context, option: click.Parameter, value: str | None) -> int | None:
+    if value is None:
+        return None
     found = re.fullmatch(r"(\d{1,9})([smhd])", value)
     if not found:
         raise click.BadParameter(f"'{value}', expected a number and s, m, h or d, for instance 2h", param=option)
@@ -178,9 +180,7 @@ def _seconds(_ctx: click.Context, option: click.Parameter, value: str) -> int:
 
 @verb
 @click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
-@click.option(
-    "--grace", "grace_seconds", default="2h", callback=_seconds, metavar="TIME", help="Spare what is younger."
-)
+@click.option("--grace", "grace_seconds", default="2h", callback=seconds, metavar="TIME", help="Spare what is younger.")
 @click.option("--keep", type=click.IntRange(1), metavar="N", help="Delete all but the newest N versions of each name.")
 def gc(dry_run: bool, grace_seconds: int, keep: int | None) -> None:
     """Remove the bytes of versions deleted before the grace, and blobs that no version refers to."""
@@ -436,7 +436,11 @@ def serve(
     database: str | None,
     store: str | None,
 ) -> None:
-    """Serve the registry over HTTP. Tokens also come from LORAPLEX_REGISTRY_TOKENS, separated by commas."""
+    """Serve the registry over HTTP.
+
+    To the tokens of `registry token create` come those of the file and of LORAPLEX_REGISTRY_TOKENS, between commas;
+    these may do everything.
+    """
     import uvicorn
 
     from .http import create_app
@@ -449,7 +453,7 @@ def serve(
         listener = _listen(host, port)
         url = f"http://{host}:{listener.getsockname()[1]}"
         click.echo(f"registry {registry.root} at {url}", err=True)
-        if not tokens and host not in ("127.0.0.1", "localhost", "::1"):
+        if not tokens and not registry.tokens.any() and host not in ("127.0.0.1", "localhost", "::1"):
             click.echo("warning: no tokens are set, so everyone who reaches this address may push", err=True)
         server = StreamingServer(uvicorn.Config(create_app(registry, tokens, trusted), log_level="warning"))
         with suppress(KeyboardInterrupt):  # Ctrl-C is how one ends it
@@ -657,3 +661,7 @@ def _print(table: Table) -> None:
 
 def _print_json(data: object) -> None:
     click.echo(json.dumps(data, indent=2, ensure_ascii=False))
+
+
+# Last, since the commands of other files hang themselves on `cli`.
+from . import token_commands  # noqa: E402, F401

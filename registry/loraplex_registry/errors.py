@@ -21,6 +21,7 @@
     │   ├── UnknownFile
     │   ├── NoDraft                          a name without files that wait to be published
     │   ├── NoVersion                        a name that has such files, and no version yet
+    │   ├── UnknownToken
     │   └── DeletedVersion                   .version, .who, .at, .purged
     ├── InvalidRequest (ValueError)          an HTTP request that cannot be read; .param
     ├── TooLarge (ValueError)                more bytes than the registry takes
@@ -31,7 +32,8 @@
     ├── TooManyWatchers (OSError)            a server that takes no more who watch
     ├── StoreUnavailable (OSError)           a data directory that cannot be used
     └── RemoteError (OSError)                a registry server that cannot be reached or answers nonsense
-        └── Unauthorized (PermissionError)   the registry server wants another token
+        ├── Unauthorized (PermissionError)   the registry server wants another token
+        └── Forbidden (PermissionError)      the token does not allow it
 
 `code` is the word the HTTP face uses for the error; `remote` turns it back into the class.
 """
@@ -174,6 +176,11 @@ class NoVersion(NotFound):
         LookupError.__init__(self, f"'{ref}' has no version yet: its files wait for a tag, or for registry publish")
 
 
+class UnknownToken(NotFound):
+    code = "token_not_found"
+    what = "token"
+
+
 class DeletedVersion(NotFound):
     """`ref` stands for `version`, which `who` deleted `at` a time; `purged`: its files are gone since."""
 
@@ -217,3 +224,7 @@ class RemoteError(RegistryError, OSError):
 
 class Unauthorized(RemoteError, PermissionError):
     code = "unauthorized"
+
+
+class Forbidden(RemoteError, PermissionError):
+    code = "forbidden"

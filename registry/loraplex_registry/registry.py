@@ -38,6 +38,7 @@ from .manifest import BaseRef, FileEntry, Manifest
 from .query import Comparison, parse_query, parse_sort
 from .receipt import Receipt
 from .reference import Reference, check_alias, check_digest, check_name, parse_alias, parse_version
+from .tokens import ADMIN, Identity, Tokens
 from .trusted_bases import TrustedBases
 from .uploads import gather
 from .validate import CheckedAdapter, Limits, adapter_files, check_adapter
@@ -73,6 +74,7 @@ class Registry:
         self.store = BlobStore(self.root, Bucket(store) if store else None)
         opened = open_database(self.root / CATALOG, database)
         self.catalog, self.drafts = Catalog(opened), Drafts(opened)
+        self.tokens = Tokens(self.catalog, whoami)
 
     @staticmethod
     def default_root() -> Path:
@@ -90,6 +92,10 @@ class Registry:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def whoami(self) -> Identity:
+        """Who we are here: whoever has the folder may do everything."""
+        return Identity(whoami(), (ADMIN,))
 
     # --- push ---
 
@@ -212,14 +218,17 @@ class Registry:
         """Where every alias points: name → alias → version number."""
         return self.catalog.aliases()
 
-    def search(self, query: str = "", sort: str = "-created", limit: int = SEARCH_LIMIT) -> "list[Version]":
+    def search(
+        self, query: str = "", sort: str = "-created", limit: int = SEARCH_LIMIT, *, prefix: str = ""
+    ) -> "list[Version]":
         """The versions for which every term of the query holds (see query.py), at most `limit`.
 
-        `sort` is a key, or `-` and a key for the highest first; versions without it come last. Raises InvalidQuery.
+        `sort` is a key, or `-` and a key for the highest first; versions without it come last. `prefix` is what names
+        begin with. Raises InvalidQuery.
         """
         if not 1 <= limit <= SEARCH_LIMIT:
             raise InvalidQuery(f"limit is {limit}, expected 1 to {SEARCH_LIMIT:,}")
-        return self.catalog.search(parse_query(query), *parse_sort(sort), limit)
+        return self.catalog.search(parse_query(query), *parse_sort(sort), limit, prefix)
 
     def promote(
         self,
@@ -265,14 +274,14 @@ class Registry:
         """The alias's moves, oldest first. Raises UnknownAdapter, UnknownAlias."""
         return self.catalog.history(check_name(name), check_alias(alias))
 
-    def audit(self, name: str | None = None, limit: int = AUDIT_LIMIT) -> "list[Act]":
+    def audit(self, name: str | None = None, limit: int = AUDIT_LIMIT, *, prefix: str = "") -> "list[Act]":
         """What was done to a name's versions and aliases, or to all, newest first, at most `limit`.
 
-        Raises InvalidReference, UnknownAdapter, InvalidRequest.
+        With a `prefix`, to names that begin with it. Raises InvalidReference, UnknownAdapter, InvalidRequest.
         """
         if not 1 <= limit <= AUDIT_LIMIT:
             raise InvalidRequest(f"limit is {limit}, expected 1 to {AUDIT_LIMIT:,}", "limit")
-        return self.catalog.audit(name and check_name(name), limit)
+        return self.catalog.audit(name and check_name(name), limit, prefix)
 
     def watch(
         self, ref: str | None = None, after: int | None = None, cut: Callable[[RegistryError], None] = ignore

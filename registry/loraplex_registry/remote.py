@@ -20,6 +20,8 @@ from .garbage import GRACE_SECONDS
 from .manifest import CHUNK_BYTES, FileEntry, Manifest, sha256_of
 from .reference import Reference, check_alias, check_digest, check_name, parse_alias, parse_version
 from .registry import AUDIT_LIMIT, MANIFEST, SEARCH_LIMIT, Registry, find_base
+from .remote_tokens import RemoteTokens
+from .tokens import Identity
 from .validate import Limits, adapter_files, check_adapter
 from .version import Act, AliasMove, Collected, Deletion, Fault, Version
 from .watch import Watch, ignore
@@ -37,6 +39,7 @@ class RemoteRegistry:
         self.url, self.limits = url.rstrip("/"), limits or Limits()
         token = token or os.environ.get("LORAPLEX_REGISTRY_TOKEN")
         headers = {"Authorization": f"Bearer {token}"} if token else {}
+        self.tokens = RemoteTokens(self._value)
         self._http = httpx.Client(base_url=self.url, headers=headers, timeout=TIMEOUT_SECONDS)
 
     def close(self) -> None:
@@ -49,6 +52,10 @@ class RemoteRegistry:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def whoami(self) -> Identity:
+        """Who the server says we are, and what we may."""
+        return self._value(Identity, "GET", "/v1/whoami")
 
     def push(
         self,
@@ -175,6 +182,10 @@ class RemoteRegistry:
 
         with self._answer("PUT", f"/v1/blobs/sha256:{entry.sha256}", content=counted()):
             pass
+
+    def _value(self, kind: type[T], method: str, route: str, **options: Any) -> T:
+        """A successful answer, as a value of a type."""
+        return _load(kind, self._ask(method, route, **options))
 
     def _ask(self, method: str, route: str, *, key: str | None = None, **options: Any) -> Any:
         """The JSON of a successful answer, or what it holds under `key`."""

@@ -15,6 +15,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from . import events
+from .auth import identity_of
 from .catalog import Catalog
 from .errors import InvalidRequest, RegistryError, TooManyWatchers
 from .watch import POLL_SECONDS, LedgerReader
@@ -116,7 +117,8 @@ async def watch(request: Request) -> Response:
     """`GET /v1/watch`: the route."""
     watchers: Watchers = request.app.state.watchers
     after = _after(request)
-    reader = await run_sync(LedgerReader, watchers.catalog, request.query_params.get("ref"), after)
+    prefix = identity_of(request).prefix
+    reader = await run_sync(LedgerReader, watchers.catalog, request.query_params.get("ref"), after, prefix)
     if request.method == "HEAD":  # its body would be waited for without end
         return Response(media_type=MoveStream.media_type, headers=HEADERS)
     return MoveStream(watchers, reader)
