@@ -14,6 +14,7 @@ import httpx
 
 from .base import BaseDescription, describe_base
 from .blobs import Progress, materialize, proven, read_chunks, silent
+from .credentials import token_for
 from .errors import CorruptBlob, InvalidRequest, MissingBlobs, RegistryError, RemoteError, UnknownDigest
 from .events import StreamSource
 from .garbage import GRACE_SECONDS
@@ -33,11 +34,14 @@ T = TypeVar("T")
 
 
 class RemoteRegistry:
-    """A registry behind a URL. Safe for many threads. `token` defaults to LORAPLEX_REGISTRY_TOKEN."""
+    """A registry behind a URL. Safe for many threads.
+
+    `token` defaults to LORAPLEX_REGISTRY_TOKEN, then to what `registry login` kept for the URL.
+    """
 
     def __init__(self, url: str, token: str | None = None, limits: Limits | None = None) -> None:
         self.url, self.limits = url.rstrip("/"), limits or Limits()
-        token = token or os.environ.get("LORAPLEX_REGISTRY_TOKEN")
+        token = token or token_for(self.url)
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         self.tokens = RemoteTokens(self._value)
         self._http = httpx.Client(base_url=self.url, headers=headers, timeout=TIMEOUT_SECONDS)
