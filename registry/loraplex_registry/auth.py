@@ -1,10 +1,13 @@
-"""Who asks, over HTTP: reads a request's bearer token, and holds every route to the scope that it needs.
+"""Who asks, over HTTP, and how often: reads a request's bearer token, and holds each route to the scope it needs.
 
 Knows no verbs: which route needs which scope is `http`'s table, and what a prefix hides is `limited`'s to say.
 """
 
+import hashlib
 import hmac
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from ipaddress import IPv6Address, ip_address, ip_network
 
 from anyio import CapacityLimiter
 from anyio.to_thread import run_sync
@@ -13,8 +16,9 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from .errors import Forbidden, RegistryError, Unauthorized
+from .errors import Forbidden, RateLimited, RegistryError, Unauthorized
 from .limited import LimitedRegistry
+from .rates import Buckets
 from .registry import Registry
 from .tokens import ADMIN, Identity, Tokens
 
@@ -28,10 +32,19 @@ class Bearer:
     """Finds out who asks, and refuses whoever it does not know. Open paths are not asked."""
 
     def __init__(
-        self, app: ASGIApp, tokens: Tokens, static: Mapping[str, str], open_paths: Sequence[str], refuse: Refuse
+        self,
+        app: ASGIApp,
+        tokens: Tokens,
+        static: Mapping[str, str],
+        buckets: Buckets | None,
+        open_paths: Sequence[str],
+        refuse: Refuse,
     ) -> None:
-        """`static` are tokens that were given to the server: token → who holds it. They may do everything."""
-        self.app, self._tokens, self._static = app, tokens, dict(static)
+        """`static` are tokens that were given to the server: token → who holds it. They may do everything.
+
+        Without `buckets` everybody may ask as often as they like.
+        """
+        self.app, self._tokens, self._static, self._buckets = app, tokens, dict(static), buckets
         self._open, self._refuse = frozenset(open_paths), refuse
         self._threads = CapacityLimiter(THREADS)
 
@@ -43,6 +56,12 @@ class Bearer:
         secret = given.strip() if scheme.lower() == "bearer" else ""
         try:
             identity = self._known(secret) or await run_sync(self._kept, secret, limiter=self._threads)
+            if identity is None or identity is ANYONE:
+                self._count(_address(scope))
+            else:
+                self._count(hashlib.sha256(_bytes(secret)).hexdigest())
+            if identity is None:
+                raise Unauthorized("a bearer token that this registry knows is needed")
         except RegistryError as error:
             await self._refuse(error, scope["path"])(scope, receive, send)
             return
@@ -56,13 +75,15 @@ class Bearer:
         holders = [who for token, who in self._static.items() if hmac.compare_digest(_bytes(token), _bytes(secret))]
         return Identity(holders[0], (ADMIN,)) if holders else None
 
-    def _kept(self, secret: str) -> Identity:
-        """Raises Unauthorized."""
+    def _kept(self, secret: str) -> Identity | None:
         if secret and (token := self._tokens.find(secret)):
             return token.identity
-        if self._static or self._tokens.any():
-            raise Unauthorized("a bearer token that this registry knows is needed")
-        return ANYONE
+        return None if self._static or self._tokens.any() else ANYONE
+
+    def _count(self, who: str) -> None:
+        """Raises RateLimited."""
+        if self._buckets is not None and (wait_seconds := self._buckets.take(who)):
+            raise RateLimited(str(self._buckets.rate), math.ceil(wait_seconds))
 
 
 class _Needs:
@@ -107,6 +128,16 @@ def registry_of(request: Request) -> Registry | LimitedRegistry:
     registry: Registry = request.app.state.registry
     identity = identity_of(request)
     return LimitedRegistry(registry, identity, request.app.state.marks) if identity.prefix else registry
+
+
+def _address(scope: Scope) -> str:
+    """Where a request comes from; of IPv6 the network, since one asker has all addresses of theirs."""
+    host = (scope.get("client") or ("unknown", 0))[0]
+    try:
+        address = ip_address(host)
+    except ValueError:  # a Unix socket has none
+        return host
+    return str(ip_network((int(address), 64), strict=False)) if isinstance(address, IPv6Address) else str(address)
 
 
 def _bytes(text: str) -> bytes:

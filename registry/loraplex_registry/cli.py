@@ -22,6 +22,7 @@ from .archive import export_versions, import_versions
 from .database import upgrade_catalog
 from .diff import Diff, compare
 from .errors import InvalidAdapter, InvalidReference, RegistryError, StoreUnavailable
+from .rates import Rate
 from .reference import HubReference, Reference, check_name, parse_alias
 from .registry import AUDIT_LIMIT, CATALOG, SEARCH_LIMIT, Registry
 from .remote import DATABASE, RemoteRegistry, open_registry
@@ -428,6 +429,7 @@ def verify(ref: str | None, everything: bool, style: str) -> None:
 @click.option("--base", "bases", multiple=True, metavar="BASE", help="ID, PATH or ID=PATH that uploads may belong to.")
 @database_option
 @click.option("--store", metavar="URL", help="s3://bucket/prefix, for the blobs; also LORAPLEX_REGISTRY_STORE.")
+@click.option("--rate-limit", metavar="RATE", help="How often each token or address may ask, as 600/min; default: any.")
 def serve(
     host: str,
     port: int,
@@ -435,6 +437,7 @@ def serve(
     bases: tuple[str, ...],
     database: str | None,
     store: str | None,
+    rate_limit: str | None,
 ) -> None:
     """Serve the registry over HTTP.
 
@@ -447,6 +450,7 @@ def serve(
     from .watchers import StreamingServer
 
     tokens, trusted = _read_tokens(token_file), TrustedBases.describe(bases)
+    rate = Rate.parse(rate_limit) if rate_limit else None
     with open_registry(click.get_current_context().obj, database=database, store=store) as registry:
         if not isinstance(registry, Registry):
             raise OneLine(f"serve needs a folder, not {registry.url}")
@@ -455,7 +459,8 @@ def serve(
         click.echo(f"registry {registry.root} at {url}", err=True)
         if not tokens and not registry.tokens.any() and host not in ("127.0.0.1", "localhost", "::1"):
             click.echo("warning: no tokens are set, so everyone who reaches this address may push", err=True)
-        server = StreamingServer(uvicorn.Config(create_app(registry, tokens, trusted), log_level="warning"))
+        app = create_app(registry, tokens, trusted, rate)
+        server = StreamingServer(uvicorn.Config(app, log_level="warning"))
         with suppress(KeyboardInterrupt):  # Ctrl-C is how one ends it
             server.run(sockets=[listener])
 

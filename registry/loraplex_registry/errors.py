@@ -30,6 +30,7 @@
     ├── CorruptBlob (OSError)                bytes that are missing or are not what their digest says
     ├── FolderNotEmpty (FileExistsError)     a destination that holds something else
     ├── TooManyWatchers (OSError)            a server that takes no more who watch
+    ├── RateLimited (OSError)                more requests than the registry server takes of one; .retry_after_seconds
     ├── StoreUnavailable (OSError)           a data directory that cannot be used
     └── RemoteError (OSError)                a registry server that cannot be reached or answers nonsense
         ├── Unauthorized (PermissionError)   the registry server wants another token
@@ -212,6 +213,16 @@ class FolderNotEmpty(RegistryError, FileExistsError):
 
 class TooManyWatchers(RegistryError, OSError):
     code = "too_many_watchers"
+
+
+class RateLimited(RegistryError, OSError):
+    """`limit` is the rate that was passed, as 600/min; `retry_after_seconds` is when one more request is taken."""
+
+    code = "rate_limited"
+
+    def __init__(self, limit: str, retry_after_seconds: int) -> None:
+        self.limit, self.retry_after_seconds = limit, retry_after_seconds
+        super().__init__(f"more than {limit} requests; try again in {retry_after_seconds} s")
 
 
 class StoreUnavailable(RegistryError, OSError):

@@ -26,6 +26,7 @@ from .hub_protocol import asked_range, hub_routes, refusal, speaks
 from .hub_upload import upload_routes
 from .limited import LimitedRegistry
 from .manifest import FileEntry
+from .rates import Buckets, Rate
 from .reference import Reference, check_digest, check_name, parse_alias
 from .registry import AUDIT_LIMIT, SEARCH_LIMIT, Registry, writing
 from .tokens import ADMIN, PROMOTE, PUSH, READ, Identity, NewToken, Token
@@ -97,6 +98,7 @@ STATUSES: dict[type[RegistryError], int] = {
     errors.NumberTaken: 409,
     errors.StaleParent: 412,
     errors.TooLarge: 413,
+    errors.RateLimited: 429,
     errors.InvalidAdapter: 422,
     errors.BaseNotFound: 422,
     errors.NotOffered: 422,
@@ -107,13 +109,18 @@ STATUSES: dict[type[RegistryError], int] = {
 
 
 def create_app(
-    registry: Registry, tokens: dict[str, str] | None = None, bases: TrustedBases | None = None
+    registry: Registry,
+    tokens: dict[str, str] | None = None,
+    bases: TrustedBases | None = None,
+    rate: Rate | None = None,
 ) -> Starlette:
     """The application. `tokens` is token → who holds it, who may do everything; the catalog may hold more.
 
-    Without any, everyone may do everything. `bases` are what uploads of the Hub's clients are checked against.
+    Without any, everyone may do everything. `bases` are what uploads of the Hub's clients are checked against, and
+    `rate` is how often each of them may ask.
     """
-    guard = {"tokens": registry.tokens, "static": tokens or {}, "open_paths": OPEN_PATHS, "refuse": error_response}
+    guard = {"tokens": registry.tokens, "static": tokens or {}, "buckets": Buckets(rate) if rate else None}
+    guard |= {"open_paths": OPEN_PATHS, "refuse": error_response}
     app = Starlette(
         routes=[
             Route("/health", health),
@@ -365,8 +372,10 @@ def error_response(error: RegistryError, path: str) -> Response:
     """The error in the shape that clients of the path read."""
     status = next((status for kind, status in STATUSES.items() if isinstance(error, kind)), 500)
     kind = "authentication_error" if status == 401 else "invalid_request_error" if status < 500 else "server_error"
-    kind = "permission_error" if status == 403 else kind
+    kind = {403: "permission_error", 429: "rate_limit_error"}.get(status, kind)
     headers = {"WWW-Authenticate": "Bearer"} if status == 401 else None
+    if isinstance(error, errors.RateLimited):
+        headers = {"Retry-After": str(error.retry_after_seconds)}
     if speaks(path):
         return refusal(error, status, headers)
     return JSONResponse(dump_error(error, kind), status_code=status, headers=headers)

@@ -20,11 +20,8 @@ from .wire import dump
 def login(url: str | None, given: str | None) -> None:
     """Keep a token for the registry at URL, once the server has said that it knows it."""
     url = _url(url)
-    if given is None:
-        given = click.prompt("Token", hide_input=True, err=True)
-    elif given == "-":
-        given = sys.stdin.readline()
-    secret = check_secret(given.strip(), "what was given")
+    typed = click.prompt("Token", hide_input=True, err=True) if given is None else given
+    secret = check_secret((sys.stdin.readline() if typed == "-" else typed).strip(), "what was given")
     with RemoteRegistry(url, secret) as registry:
         identity = registry.whoami()
     keep_token(url, secret)

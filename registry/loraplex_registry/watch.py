@@ -15,6 +15,7 @@ from .errors import (
     Forbidden,
     InvalidReference,
     InvalidRequest,
+    RateLimited,
     RegistryError,
     RemoteError,
     StoreUnavailable,
@@ -104,7 +105,7 @@ class Watch:
             self._lost(RemoteError("the registry ended the stream"))
         except (Unauthorized, Forbidden):
             raise
-        except (RemoteError, StoreUnavailable, TooManyWatchers) as error:
+        except (RemoteError, StoreUnavailable, TooManyWatchers, RateLimited) as error:
             self._lost(error)
         else:
             self._reached_at = self._reached_at or monotonic()
