@@ -232,6 +232,12 @@ class Catalog:
         with self._read() as db:
             return list(db.scalars(sa.select(_versions.c.digest).where(*_begins(_versions.c.name, prefix)).distinct()))
 
+    def named(self, digest: str) -> list[tuple[str, int]]:
+        """The names and numbers of the versions with a digest that are not deleted."""
+        mine = sa.select(_versions.c.name, _versions.c.number).where(_versions.c.digest == digest, _LIVE)
+        with self._read() as db:
+            return [(name, number) for name, number in db.execute(mine.order_by(_versions.c.name, _versions.c.number))]
+
     # --- acts ---
 
     @contextmanager

@@ -26,6 +26,7 @@ from .rates import Rate
 from .reference import HubReference, Reference, check_name, parse_alias
 from .registry import AUDIT_LIMIT, CATALOG, SEARCH_LIMIT, Registry
 from .remote import DATABASE, RemoteRegistry, open_registry
+from .signing import PublicKey, Signature, check_signed
 from .trusted_bases import TrustedBases
 from .version import Act, AliasMove, Fault, Version
 from .wire import dump
@@ -81,6 +82,14 @@ def verb(function: Callable[..., None], group: click.Group | None = None) -> cli
 
 database_option = click.option(
     "--database", metavar="URL", help="postgresql://…, the catalog's; also LORAPLEX_REGISTRY_DATABASE."
+)
+signed_by = click.option(
+    "--signed-by",
+    "key_files",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="PUBFILE",
+    help="Only if this key has signed it; of several, one has to.",
 )
 output_format = click.option("--format", "style", type=click.Choice(["table", "json"]), default="table")
 
@@ -198,11 +207,13 @@ def gc(dry_run: bool, grace_seconds: int, keep: int | None) -> None:
 @verb
 @click.argument("ref")
 @click.argument("folder", metavar="[DIR]", required=False)
-def pull(ref: str, folder: str | None) -> None:
+@signed_by
+def pull(ref: str, folder: str | None, key_files: tuple[Path, ...]) -> None:
     """Write a version's files, proven by their sha256, to DIR (default: ./NAME)."""
+    keys = [PublicKey.read(file) for file in key_files]
     with opened() as registry:
         dest = Path(folder or Reference.parse(ref).name)
-        version = registry.pull(ref, dest)
+        version = registry.pull(ref, dest, signed_by=keys)
     click.echo(f"pulled {version} to {dest} {version.digest}")
 
 
@@ -292,8 +303,10 @@ def show(ref: str, style: str) -> None:
     with opened() as registry:
         version = registry.resolve(ref)
         manifest = registry.manifest(version.digest)
+        signatures = registry.signatures.of(version.digest)
     if style == "json":
-        _print_json({"version": _plain(version), "manifest": json.loads(manifest.canonical())})
+        signed = [dump(Signature, one) | {"key_id": one.key_id} for one in signatures]
+        _print_json({"version": _plain(version), "manifest": json.loads(manifest.canonical()), "signatures": signed})
         return
     base = version.base
     table = Table.grid(padding=(0, 2))
@@ -312,6 +325,7 @@ def show(ref: str, style: str) -> None:
         "parent": version.parent or "none",
         "pushed": f"{_when(version)} by {version.created_by}",
         "message": version.message or "none",
+        "signed": "\n".join(f"{one.key_id} by {one.who}" for one in signatures) or "by nobody",
         "files": "\n".join(f"{file.path}  {decimal(file.bytes)}  sha256:{file.sha256}" for file in manifest.files),
     }.items():
         table.add_row(key, str(value))
@@ -402,17 +416,29 @@ def audit(name: str | None, limit: int, style: str) -> None:
 @verb
 @click.argument("ref", required=False)
 @click.option("--all", "everything", is_flag=True, help="Every version; the default without REF.")
+@signed_by
 @output_format
-def verify(ref: str | None, everything: bool, style: str) -> None:
-    """Hash every file of REF, or of all versions. Exit code 1 when one is missing, truncated or altered."""
+def verify(ref: str | None, everything: bool, key_files: tuple[Path, ...], style: str) -> None:
+    """Hash every file of REF, or of all versions. Exit code 1 when one is missing, truncated or altered.
+
+    With --signed-by, REF must also be signed by one of the keys.
+    """
+    if key_files and not ref:
+        raise click.UsageError("--signed-by goes with a REF")
+    keys = [PublicKey.read(file) for file in key_files]
     if ref and everything:
         raise click.UsageError("give REF or --all, not both")
     with opened() as registry:
+        if keys and ref:
+            version = registry.resolve(ref)
+            check_signed(str(version), version.digest, registry.signatures.of(version.digest), keys)
+            ref = str(version)  # what was signed is what is hashed, wherever an alias goes meanwhile
         faults = registry.verify(ref)
     if style == "json":
         _print_json(dump(list[Fault], faults))
     elif not faults:
-        click.echo(f"{ref or 'all versions'}: every file is what its digest says")
+        signed = " and signed as wanted" if keys else ""
+        click.echo(f"{ref or 'all versions'}: every file is what its digest says{signed}")
     else:
         table = _table("version", "file", "fault")
         for fault in faults:
@@ -669,4 +695,4 @@ def _print_json(data: object) -> None:
 
 
 # Last, since the commands of other files hang themselves on `cli`.
-from . import login_commands, token_commands  # noqa: E402, F401
+from . import login_commands, sign_commands, token_commands  # noqa: E402, F401

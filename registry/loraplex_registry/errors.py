@@ -7,6 +7,8 @@
     ├── InvalidArchive (ValueError)          a file that is no whole export of a registry
     ├── InvalidQuery (ValueError)            a search that cannot be read
     ├── NothingToRollBack (ValueError)       an alias without an earlier target
+    ├── InvalidKey (ValueError)              a key or a signature that is none
+    ├── NotSigned (ValueError)               a version that lacks a signature that is wanted of it
     ├── RequirementNotMet (ValueError)       a version that lacks what its promotion requires
     ├── VersionInUse (ValueError)            a version that is not deleted, because aliases point to it
     ├── NotDeleted (ValueError)              a version that is not restored, because it is there
@@ -31,6 +33,7 @@
     ├── FolderNotEmpty (FileExistsError)     a destination that holds something else
     ├── TooManyWatchers (OSError)            a server that takes no more who watch
     ├── RateLimited (OSError)                more requests than the registry server takes of one; .retry_after_seconds
+    ├── SigningUnavailable (OSError)         signatures are asked for, and cryptography is not installed
     ├── StoreUnavailable (OSError)           a data directory that cannot be used
     └── RemoteError (OSError)                a registry server that cannot be reached or answers nonsense
         ├── Unauthorized (PermissionError)   the registry server wants another token
@@ -78,6 +81,14 @@ class InvalidArchive(RegistryError, ValueError):
 
 class InvalidQuery(RegistryError, ValueError):
     code = "invalid_query"
+
+
+class InvalidKey(RegistryError, ValueError):
+    code = "invalid_key"
+
+
+class NotSigned(RegistryError, ValueError):
+    code = "not_signed"
 
 
 class RequirementNotMet(RegistryError, ValueError):
@@ -223,6 +234,10 @@ class RateLimited(RegistryError, OSError):
     def __init__(self, limit: str, retry_after_seconds: int) -> None:
         self.limit, self.retry_after_seconds = limit, retry_after_seconds
         super().__init__(f"more than {limit} requests; try again in {retry_after_seconds} s")
+
+
+class SigningUnavailable(RegistryError, OSError):
+    code = "signing_unavailable"
 
 
 class StoreUnavailable(RegistryError, OSError):

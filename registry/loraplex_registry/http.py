@@ -29,6 +29,7 @@ from .manifest import FileEntry
 from .rates import Buckets, Rate
 from .reference import Reference, check_digest, check_name, parse_alias
 from .registry import AUDIT_LIMIT, SEARCH_LIMIT, Registry, writing
+from .signing import Signature
 from .tokens import ADMIN, PROMOTE, PUSH, READ, Identity, NewToken, Token
 from .trusted_bases import TrustedBases
 from .uploads import Upload, forget, gather
@@ -58,6 +59,8 @@ SCOPES = {  # what a token needs for each route; one that is not here cannot be 
     "GET /v1/manifests/{digest}": READ,
     "GET /v1/blobs/{digest}": READ,
     "PUT /v1/blobs/{digest}": PUSH,
+    "GET /v1/signatures": READ,
+    "POST /v1/signatures": PUSH,
     "GET /v1/whoami": READ,
     "GET /v1/tokens": ADMIN,
     "POST /v1/tokens": ADMIN,
@@ -89,10 +92,12 @@ STATUSES: dict[type[RegistryError], int] = {
     errors.InvalidManifest: 400,
     errors.Unauthorized: 401,
     errors.Forbidden: 403,
+    errors.InvalidKey: 400,
     errors.NotFound: 404,
     errors.MissingBlobs: 409,
     errors.NothingToRollBack: 409,
     errors.RequirementNotMet: 409,
+    errors.NotSigned: 409,
     errors.VersionInUse: 409,
     errors.NotDeleted: 409,
     errors.NumberTaken: 409,
@@ -104,6 +109,7 @@ STATUSES: dict[type[RegistryError], int] = {
     errors.NotOffered: 422,
     errors.CorruptBlob: 422,
     errors.TooManyWatchers: 503,
+    errors.SigningUnavailable: 503,
     errors.StoreUnavailable: 503,
 }
 
@@ -143,6 +149,8 @@ def create_app(
             Route("/v1/manifests/{digest}", get_manifest),
             Route("/v1/blobs/{digest}", get_blob),
             Route("/v1/blobs/{digest}", put_blob, methods=["PUT"]),
+            Route("/v1/signatures", list_signatures),
+            Route("/v1/signatures", add_signature, methods=["POST"]),
             Route("/v1/whoami", whoami),
             Route("/v1/tokens", list_tokens),
             Route("/v1/tokens", create_token, methods=["POST"]),
@@ -246,6 +254,11 @@ def get_blob(request: Request) -> Response:
     return StreamingResponse(store.unproven(sha256, start, stop), status, headers, media_type)
 
 
+def list_signatures(request: Request) -> Response:
+    found = _registry(request).signatures.of(_query(request, "digest"))
+    return JSONResponse({"data": dump(list[Signature], found)})
+
+
 def whoami(request: Request) -> Response:
     return JSONResponse(dump(Identity, identity_of(request)))
 
@@ -332,6 +345,13 @@ async def gc(request: Request) -> Response:
     options = _fields(await _json(request), {}, {"grace_seconds": int, "keep": int, "dry_run": bool})
     registry, who = _registry(request), _who(request)
     return JSONResponse(dump(Collected, await run_sync(lambda: registry.gc(**options, who=who))))
+
+
+async def add_signature(request: Request) -> Response:
+    body = _fields(await _json(request), {"digest": str, "key": str, "signature": str}, {})
+    signatures, who = _registry(request).signatures, _who(request)
+    made = await run_sync(lambda: signatures.add(body["digest"], body["key"], body["signature"], who=who))
+    return JSONResponse(dump(Signature, made))
 
 
 async def create_token(request: Request) -> Response:

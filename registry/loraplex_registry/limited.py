@@ -11,11 +11,13 @@ from pathlib import Path
 from .base import BaseDescription
 from .blobs import BlobStore
 from .drafts import Changes, Commit, Draft, Drafts, Tree
-from .errors import CorruptBlob, Forbidden, InvalidManifest, UnknownAdapter
+from .errors import CorruptBlob, Forbidden, InvalidManifest, UnknownAdapter, UnknownDigest
 from .garbage import Marks
 from .manifest import FileEntry, Manifest
 from .reference import Reference, check_digest, check_name, parse_alias, parse_version
 from .registry import AUDIT_LIMIT, MANIFEST, SEARCH_LIMIT, Registry
+from .signatures import Signatures
+from .signing import Signature
 from .tokens import Identity, Tokens, silent_of_others
 from .trusted_bases import TrustedBases
 from .validate import Limits
@@ -50,6 +52,10 @@ class LimitedRegistry:
     @property
     def tokens(self) -> Tokens:
         raise self._all_names("to care for tokens")
+
+    @property
+    def signatures(self) -> "LimitedSignatures":
+        return LimitedSignatures(self._registry.signatures, self._digests())
 
     # --- reading ---
 
@@ -208,3 +214,18 @@ class LimitedDrafts:
 
         with self._drafts.publishing() as keep:
             yield own
+
+
+class LimitedSignatures:
+    """Of some digests alone."""
+
+    def __init__(self, signatures: Signatures, digests: list[str]) -> None:
+        self._signatures, self._digests = signatures, digests
+
+    def of(self, digest: str) -> list[Signature]:
+        return self._signatures.of(digest) if check_digest(digest) in self._digests else []
+
+    def add(self, digest: str, key: str, signature: str, *, who: str | None = None) -> Signature:
+        if check_digest(digest) not in self._digests:
+            raise UnknownDigest(digest)
+        return self._signatures.add(digest, key, signature, who=who)

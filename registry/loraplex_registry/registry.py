@@ -38,6 +38,8 @@ from .manifest import BaseRef, FileEntry, Manifest
 from .query import Comparison, parse_query, parse_sort
 from .receipt import Receipt
 from .reference import Reference, check_alias, check_digest, check_name, parse_alias, parse_version
+from .signatures import Signatures
+from .signing import PublicKey, check_signed
 from .tokens import ADMIN, Identity, Tokens
 from .trusted_bases import TrustedBases
 from .uploads import gather
@@ -75,6 +77,7 @@ class Registry:
         opened = open_database(self.root / CATALOG, database)
         self.catalog, self.drafts = Catalog(opened), Drafts(opened)
         self.tokens = Tokens(self.catalog, whoami)
+        self.signatures = Signatures(self.catalog, whoami)
 
     @staticmethod
     def default_root() -> Path:
@@ -306,9 +309,14 @@ class Registry:
         """
         return materialize(self.manifest(digest), Path(into), self.store.chunks)
 
-    def pull(self, ref: str | Reference, dest: str | Path) -> Version:
-        """Resolve once, then fetch that digest. Raises NotFound, CorruptBlob, FolderNotEmpty."""
+    def pull(self, ref: str | Reference, dest: str | Path, *, signed_by: Sequence[PublicKey] = ()) -> Version:
+        """Resolve once, then fetch that digest; if keys are given, only when one of them has signed it.
+
+        Raises NotFound, NotSigned, CorruptBlob, FolderNotEmpty.
+        """
         version = self.resolve(ref)
+        if signed_by:
+            check_signed(str(version), version.digest, self.signatures.of(version.digest), signed_by)
         self.fetch(version.digest, dest)
         return version
 

@@ -21,7 +21,9 @@ from .garbage import GRACE_SECONDS
 from .manifest import CHUNK_BYTES, FileEntry, Manifest, sha256_of
 from .reference import Reference, check_alias, check_digest, check_name, parse_alias, parse_version
 from .registry import AUDIT_LIMIT, MANIFEST, SEARCH_LIMIT, Registry, find_base
+from .remote_signatures import RemoteSignatures
 from .remote_tokens import RemoteTokens
+from .signing import PublicKey, check_signed
 from .tokens import Identity
 from .validate import Limits, adapter_files, check_adapter
 from .version import Act, AliasMove, Collected, Deletion, Fault, Version
@@ -43,7 +45,7 @@ class RemoteRegistry:
         self.url, self.limits = url.rstrip("/"), limits or Limits()
         token = token or token_for(self.url)
         headers = {"Authorization": f"Bearer {token}"} if token else {}
-        self.tokens = RemoteTokens(self._value)
+        self.tokens, self.signatures = RemoteTokens(self._value), RemoteSignatures(self._value)
         self._http = httpx.Client(base_url=self.url, headers=headers, timeout=TIMEOUT_SECONDS)
 
     def close(self) -> None:
@@ -166,8 +168,11 @@ class RemoteRegistry:
         """As Registry.fetch: every file is proven by its sha256 here, all or nothing."""
         return materialize(self.manifest(digest), Path(into), self._chunks)
 
-    def pull(self, ref: str | Reference, dest: str | Path) -> Version:
+    def pull(self, ref: str | Reference, dest: str | Path, *, signed_by: Sequence[PublicKey] = ()) -> Version:
+        """As Registry.pull; signatures are checked here."""
         version = self.resolve(ref)
+        if signed_by:
+            check_signed(str(version), version.digest, self.signatures.of(version.digest), signed_by)
         self.fetch(version.digest, dest)
         return version
 
