@@ -36,6 +36,7 @@ from .schema import METADATA
 from .version import Act, AliasMove, Deletion, Version, previous_target
 
 PRODUCTION = "production"
+Unmet = Callable[[sa.Connection, Version, str], list[str]]  # what an alias's rule asks and the version does not have
 
 _Long = sa.Integer().with_variant(sa.BigInteger(), "postgresql")  # SQLite's integers have 64 bits anyway
 _metadata = METADATA
@@ -268,17 +269,23 @@ class Catalog:
         return version
 
     def promote(
-        self, ref: Reference, alias: str, who: str, reason: str, require: Sequence[Comparison] = ()
+        self, ref: Reference, alias: str, who: str, reason: str, require: Sequence[Comparison] = (), *, rule: Unmet
     ) -> AliasMove:
-        """Point an alias at what the reference stands for. Raises NotFound, RequirementNotMet."""
+        """Point an alias at what the reference stands for, if that has what is required, and what the rule asks.
+
+        Raises NotFound, RequirementNotMet.
+        """
         with self._write() as db:
             target = self._resolve(db, ref)
-            if unmet := [_unmet(target, one) for one in require if not one.holds(target)]:
-                raise RequirementNotMet(f"{target.name}@{alias} does not move to {target}: {', '.join(unmet)}")
+            unmet = [refusal for one in require if (refusal := one.refusal(target))]
+            _hold_to([*unmet, *rule(db, target, alias)], target, alias)
             return self._move(db, target.name, alias, target.number, who, reason, "promote")
 
-    def rollback(self, name: str, alias: str, to: int | None, who: str, reason: str) -> AliasMove:
-        """Point an alias at its previous target, or at version `to`. Raises NotFound, NothingToRollBack."""
+    def rollback(self, name: str, alias: str, to: int | None, who: str, reason: str, *, rule: Unmet) -> AliasMove:
+        """Point an alias at its previous target, or at version `to`, of which the rule asks nothing if it was there.
+
+        Raises NotFound, NothingToRollBack, RequirementNotMet.
+        """
         with self._write() as db:
             moves = self._history(db, name, alias)
             target = previous_target(moves) if to is None else to
@@ -286,7 +293,9 @@ class Catalog:
                 raise NothingToRollBack(
                     f"{name}@{alias} has no target before {name}:{moves[-1].to_number}; give --to VERSION"
                 )
-            self._resolve(db, Reference(name, version=target))
+            version = self._resolve(db, Reference(name, version=target))
+            if target not in [move.to_number for move in moves]:
+                _hold_to(rule(db, version, alias), version, alias)
             return self._move(db, name, alias, target, who, reason, "rollback")
 
     def delete(self, name: str, number: int, who: str, reason: str) -> Deletion:
@@ -434,12 +443,9 @@ def _condition(ref: Reference) -> tuple[sa.ColumnElement[bool], ...]:
     return (_versions.c.number == sa.func.coalesce(pointed, newest.correlate(None).scalar_subquery()),)
 
 
-def _unmet(version: Version, required: Comparison) -> str:
-    own = required.of(version)
-    if own is not None:
-        return f"{required} is required, and it has {own:g}"
-    known = ", ".join(version.metrics) or "none"
-    return f"{required} is required, and it has no {required.key} (its metrics are {known})"
+def _hold_to(unmet: list[str], version: Version, alias: str) -> None:
+    if unmet:
+        raise RequirementNotMet(f"{version.name}@{alias} does not move to {version}: {'; '.join(unmet)}")
 
 
 def _begins(column: sa.ColumnElement[Any], prefix: str) -> tuple[sa.ColumnElement[bool], ...]:

@@ -695,4 +695,4 @@ def _print_json(data: object) -> None:
 
 
 # Last, since the commands of other files hang themselves on `cli`.
-from . import login_commands, sign_commands, token_commands  # noqa: E402, F401
+from . import login_commands, protect_commands, sign_commands, token_commands  # noqa: E402, F401

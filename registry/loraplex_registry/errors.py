@@ -8,6 +8,8 @@
     ├── InvalidQuery (ValueError)            a search that cannot be read
     ├── NothingToRollBack (ValueError)       an alias without an earlier target
     ├── InvalidKey (ValueError)              a key or a signature that is none
+    ├── NotProtected (ValueError)            an alias without a rule
+    ├── NotApprovable (ValueError)           a version that whoever pushed it would approve
     ├── NotSigned (ValueError)               a version that lacks a signature that is wanted of it
     ├── RequirementNotMet (ValueError)       a version that lacks what its promotion requires
     ├── VersionInUse (ValueError)            a version that is not deleted, because aliases point to it
@@ -85,6 +87,14 @@ class InvalidQuery(RegistryError, ValueError):
 
 class InvalidKey(RegistryError, ValueError):
     code = "invalid_key"
+
+
+class NotProtected(RegistryError, ValueError):
+    code = "not_protected"
+
+
+class NotApprovable(RegistryError, ValueError):
+    code = "not_approvable"
 
 
 class NotSigned(RegistryError, ValueError):

@@ -26,6 +26,7 @@ from .hub_protocol import asked_range, hub_routes, refusal, speaks
 from .hub_upload import upload_routes
 from .limited import LimitedRegistry
 from .manifest import FileEntry
+from .protections import Approval, Rule
 from .rates import Buckets, Rate
 from .reference import Reference, check_digest, check_name, parse_alias
 from .registry import AUDIT_LIMIT, SEARCH_LIMIT, Registry, writing
@@ -61,6 +62,10 @@ SCOPES = {  # what a token needs for each route; one that is not here cannot be 
     "PUT /v1/blobs/{digest}": PUSH,
     "GET /v1/signatures": READ,
     "POST /v1/signatures": PUSH,
+    "GET /v1/protections": READ,
+    "POST /v1/protect": ADMIN,
+    "POST /v1/unprotect": ADMIN,
+    "POST /v1/approve": PROMOTE,
     "GET /v1/whoami": READ,
     "GET /v1/tokens": ADMIN,
     "POST /v1/tokens": ADMIN,
@@ -98,6 +103,8 @@ STATUSES: dict[type[RegistryError], int] = {
     errors.NothingToRollBack: 409,
     errors.RequirementNotMet: 409,
     errors.NotSigned: 409,
+    errors.NotProtected: 409,
+    errors.NotApprovable: 409,
     errors.VersionInUse: 409,
     errors.NotDeleted: 409,
     errors.NumberTaken: 409,
@@ -151,6 +158,10 @@ def create_app(
             Route("/v1/blobs/{digest}", put_blob, methods=["PUT"]),
             Route("/v1/signatures", list_signatures),
             Route("/v1/signatures", add_signature, methods=["POST"]),
+            Route("/v1/protections", list_protections),
+            Route("/v1/protect", protect, methods=["POST"]),
+            Route("/v1/unprotect", unprotect, methods=["POST"]),
+            Route("/v1/approve", approve, methods=["POST"]),
             Route("/v1/whoami", whoami),
             Route("/v1/tokens", list_tokens),
             Route("/v1/tokens", create_token, methods=["POST"]),
@@ -259,6 +270,10 @@ def list_signatures(request: Request) -> Response:
     return JSONResponse({"data": dump(list[Signature], found)})
 
 
+def list_protections(request: Request) -> Response:
+    return JSONResponse({"data": dump(list[Rule], _registry(request).protections.list())})
+
+
 def whoami(request: Request) -> Response:
     return JSONResponse(dump(Identity, identity_of(request)))
 
@@ -308,9 +323,7 @@ async def publish(request: Request) -> Response:
 
 async def promote(request: Request) -> Response:
     body = _fields(await _json(request), {"ref": str, "to": str}, {"reason": str, "require": list})
-    registry, require = _registry(request), body.get("require", [])
-    if wrong := next((one for one in require if not isinstance(one, str)), None):
-        raise errors.InvalidRequest(f"field 'require' holds {wrong!r}, expected comparisons like 'f1>=0.9'", "require")
+    registry, require = _registry(request), _texts(body, "require", "comparisons like 'f1>=0.9'")
     reason, who = body.get("reason", ""), _who(request)
     move = await run_sync(lambda: registry.promote(body["ref"], body["to"], reason, require=require, who=who))
     return JSONResponse(dump(AliasMove, move))
@@ -352,6 +365,28 @@ async def add_signature(request: Request) -> Response:
     signatures, who = _registry(request).signatures, _who(request)
     made = await run_sync(lambda: signatures.add(body["digest"], body["key"], body["signature"], who=who))
     return JSONResponse(dump(Signature, made))
+
+
+async def protect(request: Request) -> Response:
+    body = _fields(await _json(request), {"ref": str}, {"require": list, "signed_by": list, "approvers": list})
+    asks = [
+        _texts(body, key, what)
+        for key, what in (("require", "comparisons"), ("signed_by", "keys as base64"), ("approvers", "names"))
+    ]
+    protections, who, (name, alias) = _registry(request).protections, _who(request), parse_alias(body["ref"])
+    return JSONResponse(dump(Rule, await run_sync(lambda: protections.protect(name, alias, *asks, who=who))))
+
+
+async def unprotect(request: Request) -> Response:
+    body = _fields(await _json(request), {"ref": str}, {})
+    protections, who, (name, alias) = _registry(request).protections, _who(request), parse_alias(body["ref"])
+    return JSONResponse(dump(Rule, await run_sync(lambda: protections.unprotect(name, alias, who=who))))
+
+
+async def approve(request: Request) -> Response:
+    body = _fields(await _json(request), {"ref": str, "for": str}, {})
+    protections, who = _registry(request).protections, _who(request)
+    return JSONResponse(dump(Approval, await run_sync(lambda: protections.approve(body["ref"], body["for"], who=who))))
 
 
 async def create_token(request: Request) -> Response:
@@ -440,6 +475,14 @@ async def _json(request: Request) -> Any:
         return from_json(bytes(body))  # unlike json, it refuses half a surrogate pair, which no UTF-8 can carry
     except ValueError as error:
         raise errors.InvalidRequest(f"the body is not JSON: {error}") from error
+
+
+def _texts(body: dict[str, Any], key: str, what: str) -> list[str]:
+    """A field that is a list of texts; empty when it is not there."""
+    for one in (found := body.get(key, [])):
+        if not isinstance(one, str):
+            raise errors.InvalidRequest(f"field '{key}' holds {one!r}, expected {what}", key)
+    return found
 
 
 def _fields(body: object, needed: dict[str, type], allowed: dict[str, type]) -> dict[str, Any]:

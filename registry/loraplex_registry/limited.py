@@ -14,6 +14,7 @@ from .drafts import Changes, Commit, Draft, Drafts, Tree
 from .errors import CorruptBlob, Forbidden, InvalidManifest, UnknownAdapter, UnknownDigest
 from .garbage import Marks
 from .manifest import FileEntry, Manifest
+from .protections import Approval, Protections, Rule
 from .reference import Reference, check_digest, check_name, parse_alias, parse_version
 from .registry import AUDIT_LIMIT, MANIFEST, SEARCH_LIMIT, Registry
 from .signatures import Signatures
@@ -56,6 +57,10 @@ class LimitedRegistry:
     @property
     def signatures(self) -> "LimitedSignatures":
         return LimitedSignatures(self._registry.signatures, self._digests())
+
+    @property
+    def protections(self) -> "LimitedProtections":
+        return LimitedProtections(self._registry.protections, self)
 
     # --- reading ---
 
@@ -229,3 +234,37 @@ class LimitedSignatures:
         if check_digest(digest) not in self._digests:
             raise UnknownDigest(digest)
         return self._signatures.add(digest, key, signature, who=who)
+
+
+class LimitedProtections:
+    """Of some names alone."""
+
+    def __init__(self, protections: Protections, registry: LimitedRegistry) -> None:
+        self._protections, self._registry = protections, registry
+
+    def protect(
+        self,
+        name: str,
+        alias: str,
+        require: Sequence[str] = (),
+        signed_by: Sequence[str] = (),
+        approvers: Sequence[str] = (),
+        *,
+        who: str | None = None,
+    ) -> Rule:
+        self._registry.own(name)
+        with silent_of_others(self._registry.prefix):
+            return self._protections.protect(name, alias, require, signed_by, approvers, who=who)
+
+    def unprotect(self, name: str, alias: str, *, who: str | None = None) -> Rule:
+        self._registry.own(name)
+        return self._protections.unprotect(name, alias, who=who)
+
+    def list(self) -> "list[Rule]":
+        return [rule for rule in self._protections.list() if rule.name.startswith(self._registry.prefix)]
+
+    def approve(self, ref: str, alias: str, *, who: str | None = None) -> Approval:
+        parsed = Reference.parse(ref)
+        self._registry.own(parsed.name)
+        with silent_of_others(self._registry.prefix):
+            return self._protections.approve(parsed, alias, who=who)

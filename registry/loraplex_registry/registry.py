@@ -35,6 +35,7 @@ from .errors import (
 )
 from .garbage import GRACE_SECONDS, collect
 from .manifest import BaseRef, FileEntry, Manifest
+from .protections import Protections
 from .query import Comparison, parse_query, parse_sort
 from .receipt import Receipt
 from .reference import Reference, check_alias, check_digest, check_name, parse_alias, parse_version
@@ -78,6 +79,7 @@ class Registry:
         self.catalog, self.drafts = Catalog(opened), Drafts(opened)
         self.tokens = Tokens(self.catalog, whoami)
         self.signatures = Signatures(self.catalog, whoami)
+        self.protections = Protections(self.catalog, self.signatures, whoami)
 
     @staticmethod
     def default_root() -> Path:
@@ -244,21 +246,24 @@ class Registry:
     ) -> AliasMove:
         """Point the alias `to` at a version and write it in the ledger.
 
-        `require` are comparisons that must hold for the version (`f1>=0.9`); the ledger's reason names them. Raises
-        InvalidReference, InvalidQuery, NotFound, RequirementNotMet.
+        `require` are comparisons that must hold for the version (`f1>=0.9`); the ledger's reason names them. What a
+        protected alias's rule asks must hold too. Raises InvalidReference, InvalidQuery, NotFound, RequirementNotMet.
         """
         required = tuple(map(Comparison.parse, require))
         why = "; ".join(filter(None, [reason, f"required {', '.join(map(str, required))}" if required else ""]))
         with writing(self.root):
-            return self.catalog.promote(_reference(ref), check_alias(to), who or whoami(), why, required)
+            rule = self.protections.unmet
+            return self.catalog.promote(_reference(ref), check_alias(to), who or whoami(), why, required, rule=rule)
 
     def rollback(self, ref: str, to: int | None = None, reason: str = "", *, who: str | None = None) -> AliasMove:
         """Point `name@alias` at its previous target, or at version `to`; the ledger gets a row.
 
-        Raises InvalidReference, NotFound, NothingToRollBack.
+        Raises InvalidReference, NotFound, NothingToRollBack; RequirementNotMet when the alias is protected, `to` was
+        never its target, and the rule does not hold.
         """
         with writing(self.root):
-            return self.catalog.rollback(*parse_alias(ref), to, who or whoami(), reason)
+            rule = self.protections.unmet
+            return self.catalog.rollback(*parse_alias(ref), to, who or whoami(), reason, rule=rule)
 
     def delete(self, ref: str, reason: str = "", *, who: str | None = None) -> Deletion:
         """Hide the version `name:3`: it neither resolves nor is listed, until it is restored or pushed again.

@@ -21,6 +21,7 @@ from .garbage import GRACE_SECONDS
 from .manifest import CHUNK_BYTES, FileEntry, Manifest, sha256_of
 from .reference import Reference, check_alias, check_digest, check_name, parse_alias, parse_version
 from .registry import AUDIT_LIMIT, MANIFEST, SEARCH_LIMIT, Registry, find_base
+from .remote_protections import RemoteProtections
 from .remote_signatures import RemoteSignatures
 from .remote_tokens import RemoteTokens
 from .signing import PublicKey, check_signed
@@ -46,6 +47,7 @@ class RemoteRegistry:
         token = token or token_for(self.url)
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         self.tokens, self.signatures = RemoteTokens(self._value), RemoteSignatures(self._value)
+        self.protections = RemoteProtections(self._value)
         self._http = httpx.Client(base_url=self.url, headers=headers, timeout=TIMEOUT_SECONDS)
 
     def close(self) -> None:
