@@ -7,6 +7,7 @@ import hashlib
 import hmac
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from ipaddress import IPv6Address, ip_address, ip_network
 
 from anyio import CapacityLimiter
@@ -55,23 +56,28 @@ class Bearer:
         scheme, _, given = Request(scope).headers.get("authorization", "").partition(" ")
         secret = given.strip() if scheme.lower() == "bearer" else ""
         try:
-            identity = self._known(secret) or await run_sync(self._kept, secret, limiter=self._threads)
+            identity = self._given(secret) or await run_sync(self._kept, secret, limiter=self._threads)
             if identity is None or identity is ANYONE:
                 self._count(_address(scope))
             else:
                 self._count(hashlib.sha256(_bytes(secret)).hexdigest())
             if identity is None:
-                raise Unauthorized("a bearer token that this registry knows is needed")
+                raise _unknown()
         except RegistryError as error:
             await self._refuse(error, scope["path"])(scope, receive, send)
             return
         state = scope.setdefault("state", {})
-        state["identity"] = identity
+        state["identity"], state["still_known"] = identity, partial(self._still_known, secret)
         if identity is not ANYONE:
             state["who"] = identity.name
         await self.app(scope, receive, send)
 
-    def _known(self, secret: str) -> Identity | None:
+    def _still_known(self, secret: str) -> None:
+        """For an answer that takes long: raises Unauthorized once the token was revoked, or has expired."""
+        if not (self._given(secret) or self._kept(secret)):
+            raise _unknown()
+
+    def _given(self, secret: str) -> Identity | None:
         holders = [who for token, who in self._static.items() if hmac.compare_digest(_bytes(token), _bytes(secret))]
         return Identity(holders[0], (ADMIN,)) if holders else None
 
@@ -84,6 +90,10 @@ class Bearer:
         """Raises RateLimited."""
         if self._buckets is not None and (wait_seconds := self._buckets.take(who)):
             raise RateLimited(str(self._buckets.rate), math.ceil(wait_seconds))
+
+
+def _unknown() -> Unauthorized:
+    return Unauthorized("a bearer token that this registry knows is needed")
 
 
 class _Needs:

@@ -363,6 +363,17 @@ def test_a_prefix_watches_only_its_names(two, limited):
         assert [str(next(moves)), str(next(moves))] == ["quotes-a@production", "quotes-a@staging"]
 
 
+def test_a_watch_ends_with_its_token(two, url):
+    made = two.tokens.create("ci", ["read"])
+    with RemoteRegistry(url, made.secret) as registry, registry.watch() as moves:
+        two.promote("other:1", "staging")
+        assert str(next(moves)) == "other@staging"
+        two.tokens.revoke(made.token.id)
+        two.promote("quotes-a:1", "staging")
+        with pytest.raises(Unauthorized):
+            next(moves)
+
+
 def test_the_hubs_clients_see_only_a_prefixs_names(two, limited, url):
     hub = HfApi(endpoint=url, token=limited.secret)
     assert hub.model_info("quotes-a").id == "quotes-a"
