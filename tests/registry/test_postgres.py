@@ -136,6 +136,27 @@ def test_gc_waits_for_who_publishes_elsewhere(push, registry, other):
     assert not collector.is_alive()
 
 
+def test_gc_gets_its_connections_however_many_wait_for_it(push, registry):
+    """Forty pushes of one process, which gc keeps waiting, do not keep from it what it needs to end."""
+    push()
+
+    def publish(_) -> None:
+        with registry.catalog.publishing():
+            pass
+
+    with ThreadPoolExecutor(40) as pool:
+        with registry.catalog.collecting():
+            waiting = [pool.submit(publish, i) for i in range(40)]
+            time.sleep(0.5)
+            started = time.monotonic()
+            with registry.catalog.forgetting(0, None, "ada", True) as (_, _, held):
+                assert held == {registry.resolve("quotes-tagger").digest}
+            assert time.monotonic() - started < 5
+            assert not any(one.done() for one in waiting)
+        for one in waiting:
+            one.result(10)
+
+
 def test_who_lost_the_lock_while_it_published_writes_no_row(push, registry, other, base, tmp_path, monkeypatch):
     """gc may have removed its blobs since. The push is repeated, and whole then."""
     push()
