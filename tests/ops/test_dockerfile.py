@@ -68,6 +68,15 @@ def test_the_registry_image_has_no_torch(instructions: list[tuple[str, str, str]
         assert all("torch" not in rest and "[serve]" not in rest for rest in in_stage(instructions, stage, "RUN"))
 
 
+def test_both_images_can_use_a_database_and_an_object_store(instructions: list[tuple[str, str, str]], root: Path):
+    (installing,) = in_stage(instructions, "registry-environment", "RUN")
+    (extras,) = re.findall(r'"\$\{wheel\}\[(.*?)\]"', installing)
+    assert {"postgres", "object-store"} <= set(extras.split(","))
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    assert set(extras.split(",")) <= set(project["optional-dependencies"])
+    assert [rest for rest in in_stage(instructions, "server-environment", "FROM") if "registry-environment" in rest]
+
+
 def test_every_copied_path_exists_and_is_in_the_build_context(instructions: list[tuple[str, str, str]], root: Path):
     stages = {stage for stage, _, _ in instructions}
     lines = [line for line in (root / ".dockerignore").read_text().splitlines() if line and not line.startswith("#")]
