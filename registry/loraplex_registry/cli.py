@@ -482,7 +482,7 @@ def serve(
             raise OneLine(f"serve needs a folder, not {registry.url}")
         listener = _listen(host, port)
         url = f"http://{host}:{listener.getsockname()[1]}"
-        click.echo(f"registry {registry.root} at {url}", err=True)
+        click.echo(f"registry {registry.where} at {url}", err=True)
         if not tokens and not registry.tokens.any() and host not in ("127.0.0.1", "localhost", "::1"):
             click.echo("warning: no tokens are set, so everyone who reaches this address may push", err=True)
         app = create_app(registry, tokens, trusted, rate)
@@ -638,7 +638,7 @@ def _move_line(move: AliasMove) -> str:
 
 
 def _where(registry: Registry | RemoteRegistry) -> str:
-    return str(registry.root) if isinstance(registry, Registry) else registry.url
+    return registry.where if isinstance(registry, Registry) else registry.url
 
 
 def _print_versions(found: list[Version], style: str) -> None:

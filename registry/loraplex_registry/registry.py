@@ -80,6 +80,8 @@ class Registry:
         self.tokens = Tokens(self.catalog, whoami)
         self.signatures = Signatures(self.catalog, whoami)
         self.protections = Protections(self.catalog, self.signatures, whoami)
+        elsewhere = [*([opened.where] if database else []), *([self.store.place.where] if store else [])]
+        self.where = f"{self.root}, {', '.join(elsewhere)}" if elsewhere else str(self.root)
 
     @staticmethod
     def default_root() -> Path:

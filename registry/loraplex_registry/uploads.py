@@ -32,7 +32,7 @@ class Upload:
     def __init__(self, store: BlobStore, sha256: str, max_bytes: int, who: str, offset: int = 0) -> None:
         """Go on after `offset` bytes; 0 begins anew. Raises WrongOffset."""
         store.staging.mkdir(parents=True, exist_ok=True)
-        self._sha256, self._max_bytes = sha256, max_bytes
+        self._store, self._sha256, self._max_bytes = store, sha256, max_bytes
         self._place = arrived(store, sha256)
         self._partial = _partial(store, sha256, who)
         stream = _opened_alone(self._partial, GONE_SECONDS if offset else 0)
@@ -63,7 +63,7 @@ class Upload:
         self._stream.flush()  # who asks where to go on is told at once
 
     def finish(self) -> None:
-        """Keep the file for good. Raises CorruptBlob when the bytes are not what their name says."""
+        """Keep the file for good. Raises StoreUnavailable; CorruptBlob when the bytes are not what their name says."""
         self._keep = False
         if self._digest.hexdigest() != self._sha256:
             raise CorruptBlob("the upload", f"sha256:{self._sha256}", f"in truth sha256:{self._digest.hexdigest()}")
@@ -72,6 +72,7 @@ class Upload:
         self._partial.chmod(0o644)
         self._partial.replace(self._place)
         sync_folder(self._place.parent)
+        self._store.place.share(self._place, self._sha256)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

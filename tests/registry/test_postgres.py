@@ -351,7 +351,8 @@ def test_the_command_serves_from_a_database(database, base, tmp_path):
             code = "from loraplex_registry.cli import main; main()"
             servers.append(run_python(code, *words, stderr=subprocess.PIPE))
             line = servers[-1].stderr.readline()
-            assert line.startswith(f"registry {tmp_path / 'registry'} at http://127.0.0.1:")
+            at = f"postgresql://postgres@{database.partition('@')[2]}"
+            assert line.startswith(f"registry {tmp_path / 'registry'}, {at} at http://127.0.0.1:")
             urls.append(line.split()[-1])
         with RemoteRegistry(urls[0]) as one, RemoteRegistry(urls[1]) as two, two.watch() as moves:
             version = one.push("quotes-tagger", folder, base=base)
