@@ -30,7 +30,7 @@ class TrustedBases:
         named: dict[str, BaseDescription] = {}
         for word in given:
             found_id, _, path = word.partition("=")
-            if path and not Path(word).is_dir():
+            if found_id and path and not Path(word).is_dir():
                 description = replace(describe_base(path), id=found_id)
                 names = {found_id}
             else:

@@ -21,7 +21,7 @@ from loraplex_registry.reference import HubReference
 from loraplex_registry.registry import Registry
 from loraplex_registry.validate import Limits
 
-from .conftest import Adapter, make_receipt
+from .conftest import Adapter, make_receipt, served
 from .test_hub_upload import draft, serving_command
 
 LARGE = "extra/large.npy"
@@ -156,6 +156,15 @@ def test_pull_over_a_network_that_throttles_and_cuts(hub, network, here, upstrea
     assert (code, here.resolve("mine:1").message) == (0, f"a copy (hf://ns/tagger@{commit})")
     code, out, _ = hub("pull", "ns/tagger", "--base", base)
     assert (code, out) == (0, f"already ns/tagger:1 {there.digest}\n")
+
+
+def test_from_the_hub_into_a_registry_behind_a_url(hub, here, upstream, base):
+    with served(here) as url:
+        code, out, err = hub("pull", "ns/tagger", "--as", "copy", "--base", base, "--registry", url)
+        assert (code, out.startswith("hf://ns/tagger@")) == (0, True), err
+        assert here.resolve("copy:1").digest == upstream.resolve("ns/tagger:1").digest
+        assert hub("push", "copy:1", "ns/again", "--registry", url)[0] == 0
+    assert upstream.drafts.find("ns/again")
 
 
 def test_wrong_bytes_are_never_pushed(hub, network, here, base, tmp_path):

@@ -233,6 +233,18 @@ def test_an_upload_of_several_commits(hub, local, folder, monkeypatch):
     assert {entry.path for entry in local.manifest(local.resolve(NAME).digest).files} == content(folder).keys()
 
 
+def test_deleting_again_what_main_still_shows(hub, local, folder, base):
+    """Clients list what to delete by main, which shows a file until a tag, though the draft has lost it."""
+    local.push(NAME, folder, base=base)
+    for _ in range(2):
+        hub.upload_folder(
+            repo_id=NAME, folder_path=folder, allow_patterns=["*.md"], delete_patterns=["notes/*", "rec*"]
+        )
+        assert draft(local).keys() == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    hub.delete_folder("notes", NAME)
+    hub.delete_file("receipt.json", NAME)
+
+
 def test_two_clients_commit_at_once(url, local):
     HfApi(endpoint=url, token=False).create_repo(NAME)
 
@@ -313,6 +325,26 @@ def test_a_tag_after_a_lost_answer(hub, local, folder, monkeypatch):
     hub.create_tag(NAME, tag="production")
     assert (versions(local), local.aliases()) == ([1], {NAME: {"production": 1}})
     assert local.drafts.find(NAME) is None
+
+
+def test_a_commit_while_a_tag_is_made_is_kept(hub, local, folder, monkeypatch):
+    """It comes after the files were taken for the version: it is no part of it, and waits for the next."""
+    hub.create_repo(NAME)
+    hub.upload_folder(repo_id=NAME, folder_path=folder)
+    promote = local.promote
+
+    def late(*arguments, **options):
+        hub.upload_file(path_or_fileobj=b"late", path_in_repo="late.txt", repo_id=NAME)
+        return promote(*arguments, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(local, "promote", late)
+        hub.create_tag(NAME, tag="production")
+    assert versions(local) == [1]
+    assert draft(local).keys() == {"late.txt", *content(folder)}
+    hub.create_tag(NAME, tag="v2")
+    first, second = (local.manifest(version.digest).files for version in local.versions(NAME))
+    assert {entry.path for entry in second} - {entry.path for entry in first} == {"late.txt"}
 
 
 # --- bases ---
@@ -560,6 +592,11 @@ def test_more_bytes_than_the_registry_takes(local, tmp_path):
             hub.create_commit(NAME, files, commit_message="too much")
         assert caught.value.response.status_code == 413
         assert (draft(small), blobs(small)) == ({}, set())
+        hub.create_commit(NAME, files[:2], commit_message="two fit")
+        with pytest.raises(HfHubHTTPError, match="would have 1,200,000 bytes, at most 1,000,000") as caught:
+            hub.create_commit(NAME, files[2:3], commit_message="a third does not")
+        assert caught.value.response.status_code == 413
+        assert len(draft(small)) == 2
 
 
 def test_what_the_hub_does_and_this_registry_does_not(hub, local, folder, base):
