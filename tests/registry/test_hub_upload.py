@@ -690,8 +690,10 @@ def test_gc_keeps_what_a_draft_holds(hub, local, folder, base):
     assert local.verify() == []
 
 
-def test_drafts_in_postgresql(database, folder, base, tmp_path):
-    with Registry(tmp_path / "registry", database=database) as shared:
+@pytest.mark.parametrize("blobs_in", ["folder", "bucket"])
+def test_drafts_in_postgresql(database, folder, base, tmp_path, request, blobs_in):
+    store = request.getfixturevalue("bucket") if blobs_in == "bucket" else None
+    with Registry(tmp_path / "registry", database=database, store=store) as shared:
         app = create_app(shared, bases=TrustedBases.describe([f"tiny/base={base}"]))
         with serving(app) as url, ThreadPoolExecutor(4) as pool, httpx.Client() as web:
             hub = HfApi(endpoint=url, token=False)
