@@ -102,6 +102,12 @@ def blobs(registry) -> set[str]:
     return {path.name for path in registry.store.place.blobs.glob("??/*")}
 
 
+def hub_file(hub, path: str, revision: str):
+    return hub.get_hf_file_metadata(
+        url=huggingface_hub.hf_hub_url(NAME, path, revision=revision, endpoint=hub.endpoint)
+    )
+
+
 # --- from an upload to a version ---
 
 
@@ -167,7 +173,10 @@ def test_a_name_with_uploads_alone(hub, local, folder, tmp_path):
             hub.model_info(NAME, revision=revision)
         with pytest.raises(RevisionNotFoundError):
             snapshot_download(NAME, revision=revision, endpoint=hub.endpoint, cache_dir=tmp_path / "cache")
-    assert not hub.file_exists(NAME, "README.md")
+    with pytest.raises(EntryNotFoundError):  # though it was uploaded
+        hub_file(hub, "README.md", "main")
+    with pytest.raises(RevisionNotFoundError):
+        hub_file(hub, "README.md", "production")
     kept = {"README.md", "adapter_model.safetensors"}
     delete = sorted(content(folder).keys() - kept)
     hub.upload_folder(repo_id=NAME, folder_path=folder, allow_patterns=["README.md"], delete_patterns=delete)
@@ -882,6 +891,7 @@ def test_a_client_that_goes_away(local, base):
 _PEFT = """
 import sys
 import torch
+from huggingface_hub import HfApi
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -890,7 +900,12 @@ def answer(adapter, **options):
     with torch.no_grad():
         return model(torch.arange(12)[None]).logits
 
-assert torch.equal(answer("ns/tagger", revision="production"), answer(sys.argv[2]))
+expected = answer(sys.argv[2])
+assert torch.equal(answer("ns/tagger", revision="production"), expected)
+trained = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(sys.argv[1]), sys.argv[2])
+trained.push_to_hub("ns/pushed", commit_message="by peft itself")
+HfApi().create_tag("ns/pushed", tag="v1")
+assert torch.equal(answer("ns/pushed"), expected)
 """
 
 
@@ -924,3 +939,4 @@ def test_the_hf_command_uploads_and_peft_loads(tmp_path):
     with Registry(tmp_path / "registry") as registry:
         version = registry.resolve(f"{NAME}@production")
         assert (version.number, version.created_by, version.message) == (1, "ada", "trained")
+        assert registry.resolve("ns/pushed:1").message == "by peft itself"
