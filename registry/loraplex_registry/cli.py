@@ -141,6 +141,15 @@ def publish(name: str, base: str | None, message: str) -> None:
 
 
 @verb
+@click.argument("name")
+def discard(name: str) -> None:
+    """Forget the files that Hub clients uploaded to NAME and nobody published. Its versions stay."""
+    with opened() as registry:
+        registry.discard_draft(name)
+    click.echo(f"discarded the unpublished files of {name}")
+
+
+@verb
 @click.argument("ref")
 @click.option("--to", "alias", required=True, metavar="ALIAS", help="The alias to move, for instance production.")
 @click.option("--reason", default="", help="Why, for the ledger.")

@@ -145,6 +145,7 @@ def create_app(
             Route("/v1/adapters/{name:path}/versions", list_versions),
             Route("/v1/adapters/{name:path}/versions", push, methods=["POST"]),
             Route("/v1/adapters/{name:path}/publish", publish, methods=["POST"]),
+            Route("/v1/adapters/{name:path}/discard", discard, methods=["POST"]),
             Route("/v1/search", search),
             Route("/v1/resolve", resolve),
             Route("/v1/history", history),
@@ -333,6 +334,12 @@ async def publish(request: Request) -> Response:
     registry, message, who = _registry(request), body.get("message", ""), _who(request)
     version = await run_sync(lambda: registry.publish_draft(name, base=base, message=message, who=who))
     return JSONResponse(dump(Version, version), status_code=201 if version.pushed else 200)
+
+
+def discard(request: Request) -> Response:
+    name = check_name(request.path_params["name"])
+    _registry(request).discard_draft(name)
+    return JSONResponse({"discarded": name})
 
 
 async def promote(request: Request) -> Response:

@@ -207,6 +207,11 @@ class Registry:
         self.drafts.drop(name, draft.commit)
         return version
 
+    def discard_draft(self, name: str) -> None:
+        """Forget the files that were uploaded to `name` and are no version. Raises InvalidReference, NoDraft."""
+        if not self.drafts.drop(check_name(name)):
+            raise NoDraft(name)
+
     # --- names ---
 
     def resolve(self, ref: str | Reference) -> Version:

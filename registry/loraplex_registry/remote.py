@@ -106,6 +106,9 @@ class RemoteRegistry:
         body = {"message": message} | ({"base": dump(BaseDescription, base)} if base else {})
         return _load(Version, self._ask("POST", f"/v1/adapters/{check_name(name)}/publish", json=body))
 
+    def discard_draft(self, name: str) -> None:
+        self._ask("POST", f"/v1/adapters/{check_name(name)}/discard")
+
     def resolve(self, ref: str | Reference) -> Version:
         return _load(Version, self._ask("GET", "/v1/resolve", params={"ref": str(ref)}))
 

@@ -459,6 +459,11 @@ def test_publish(url, hub, local, folder, base, tmp_path, how):
         assert (again.number, again.pushed) == (1, False)
         with pytest.raises(NoDraft):
             registry.publish_draft(NAME, base=base)
+        hub.upload_file(path_or_fileobj=b"a", path_in_repo="a.txt", repo_id=NAME)
+        registry.discard_draft(NAME)
+        assert (draft(local), versions(local)) == ({}, [1])
+        with pytest.raises(NoDraft):
+            registry.discard_draft(NAME)
 
 
 def test_the_publish_command(url, hub, local, base, tmp_path):
@@ -471,6 +476,10 @@ def test_the_publish_command(url, hub, local, base, tmp_path):
         assert local.resolve(f"{name}:1").message == "by hand"
         done = CliRunner().invoke(cli, ["--registry", where, "publish", name])
         assert (done.exit_code, done.stderr) == (1, f"error: no unpublished files of '{name}'\n")
+        hub.upload_file(path_or_fileobj=b"a", path_in_repo="a.txt", repo_id=name)
+        done = CliRunner().invoke(cli, ["--registry", where, "discard", name])
+        assert (done.exit_code, done.stdout) == (0, f"discarded the unpublished files of {name}\n")
+        assert draft(local, name) == {}
     upload(hub, "ns/baseless", Adapter(), tmp_path / "adapter")
     done = CliRunner().invoke(cli, ["--registry", str(local.root), "publish", "ns/baseless"])
     assert (done.exit_code, done.stderr.count("\n")) == (1, 1)
