@@ -380,6 +380,10 @@ def test_the_base_is_one_that_the_operator_named(local, base, tmp_path, trusted)
             hub.create_tag(NAME, tag=f"v{number}")
             found = local.resolve(f"{NAME}:{number}").base
             assert (found.id, found.fingerprint) == (word, local.resolve("known").base.fingerprint)
+        upload(hub, "ns/other", Adapter(config={"base_model_name_or_path": "org/other"}), tmp_path / "other")
+        with pytest.raises(HfHubHTTPError, match=r"'org/other' is neither .*\(trusted are (tiny/)?base\)") as caught:
+            hub.create_tag("ns/other", tag="v1")
+        assert str(base) not in str(caught.value)  # where bases lie on the server
         upload(hub, "ns/receipt", Adapter(), tmp_path / "receipt", make_receipt(base))
         hub.create_tag("ns/receipt", tag="v1")  # a receipt's fingerprint says more than a name
 
