@@ -228,6 +228,8 @@ def test_push_over_a_network_that_throttles(hub, network, here, upstream, base, 
     assert head.messages == (f"ours:1\nready\n\n{pushed.digest}",)
     assert draft(upstream, "ns/ours").keys() == {entry.path for entry in here.manifest(pushed.digest).files}
     assert hub("push", "ours", "ns/ours")[:2] == (0, out)  # again changes nothing
+    here.push("wordy", folder, base=base, message="m" * 4096)
+    assert hub("push", "wordy", "ns/wordy")[0] == 0
     HfApi(endpoint=network.url, token=False).create_tag("ns/ours", tag="v1")
     assert upstream.resolve("ns/ours:1").digest == pushed.digest
     for arguments, told in {
