@@ -47,6 +47,7 @@ SCOPES = {  # what a token needs for each route; one that is not here cannot be 
     "GET /v1/adapters/{name:path}/versions": READ,
     "POST /v1/adapters/{name:path}/versions": PUSH,
     "POST /v1/adapters/{name:path}/publish": PUSH,
+    "POST /v1/adapters/{name:path}/discard": PUSH,
     "GET /v1/search": READ,
     "GET /v1/resolve": READ,
     "GET /v1/history": READ,
