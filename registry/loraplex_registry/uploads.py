@@ -10,9 +10,10 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from io import BufferedRandom
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Self
+from typing import Self
 
 from .blobs import BlobStore
 from .errors import CorruptBlob, InvalidManifest, MissingBlobs, TooLarge, WrongOffset
@@ -96,7 +97,7 @@ def _partial(store: BlobStore, sha256: str, who: str) -> Path:
     return store.staging / f"upload-{sha256}-{hashlib.sha256(who.encode()).hexdigest()[:16]}.part"
 
 
-def _opened_alone(file: Path, patience_seconds: float) -> BinaryIO | None:
+def _opened_alone(file: Path, patience_seconds: float) -> BufferedRandom | None:
     """The file, made if it is new, and locked until it is closed; None while somebody else writes to it."""
     until = time.monotonic() + patience_seconds
     while True:
