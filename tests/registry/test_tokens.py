@@ -430,6 +430,7 @@ def test_uploads_of_the_hubs_clients_are_held_to_scopes_and_prefixes(two, limite
     assert limited.http.post("/api/repos/create", json=draft).status_code == 403
     assert limited.http.request("DELETE", "/api/repos/delete", json=draft).status_code == 403
     assert limited.http.post("/v1/adapters/other/made/publish", json={}).status_code == 403
+    assert limited.http.post("/v1/adapters/other/made/discard").status_code == 403
     assert two.drafts.find("other/made")
     own = {"name": "made", "organization": "quotes-ns"}
     assert limited.http.post("/api/repos/create", json=own).status_code == 200
