@@ -6,6 +6,7 @@ what a tag's word means. Reading is hub_protocol's; what a draft is, is the regi
 
 import re
 from contextlib import ExitStack
+from functools import partial
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -21,12 +22,15 @@ from .drafts import Changes, Tree
 from .errors import (
     InvalidReference,
     InvalidRequest,
+    MissingBlobs,
     NotOffered,
+    NotSigned,
     NumberTaken,
+    RequirementNotMet,
     TooLarge,
     UnknownAdapter,
 )
-from .hub_protocol import COMMIT, MAIN, NUMBER, commit_of, find
+from .hub_protocol import COMMIT, MAIN, NUMBER, commit_of, find, refusal
 from .limited import LimitedRegistry
 from .manifest import FileEntry
 from .reference import Reference, check_alias, check_name
@@ -240,7 +244,11 @@ async def tag(request: Request) -> Response:
         require(request, PROMOTE)
     registry, bases, name = _registry(request), request.app.state.bases, request.path_params["repo"]
     revision = request.path_params["revision"]
-    version = await run_sync(lambda: tag_revision(registry, bases, name, revision, str(word), message, _who(request)))
+    act = partial(tag_revision, registry, bases, name, revision, str(word), message, _who(request))
+    try:
+        version = await run_sync(act)
+    except (MissingBlobs, NotSigned, RequirementNotMet) as error:
+        return refusal(error, 422)  # not 409, which a client that takes a tag as it is (`exist_ok`) passes over
     return JSONResponse({"tag": word, "version": str(version), "commitOid": commit_of(version)}, 201)
 
 

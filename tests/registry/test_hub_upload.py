@@ -322,6 +322,31 @@ def test_tags_of_what_is_published(hub, local, base, tmp_path):
     assert local.aliases() == {NAME: {"production": 2}}
 
 
+def test_a_tag_that_a_rule_forbids(hub, local, folder, base):
+    """exist_ok passes over 409: then the client would believe that the alias moved."""
+    local.push(NAME, folder, base=base)
+    local.protections.protect(NAME, "production", ["tag_f1>=0.9"])
+    hub.upload_file(path_or_fileobj=b"a", path_in_repo="a.txt", repo_id=NAME)
+    for _ in range(2):
+        with pytest.raises(HfHubHTTPError, match=f"{NAME}@production does not move to {NAME}:2") as caught:
+            hub.create_tag(NAME, tag="production", exist_ok=True)
+        assert caught.value.response.status_code == 422
+        assert (versions(local), local.aliases()) == ([1, 2], {})
+    local.protections.unprotect(NAME, "production")
+    hub.create_tag(NAME, tag="production", exist_ok=True)
+    assert (versions(local), local.aliases()) == ([1, 2], {NAME: {"production": 2}})
+
+
+def test_a_damaged_draft(hub, local, folder):
+    hub.create_repo(NAME)
+    hub.upload_folder(repo_id=NAME, folder_path=folder)
+    (kept,) = [entry.sha256 for entry in local.drafts.find(NAME).files if entry.path == "README.md"]
+    local.store.place.path(kept).write_bytes(b"altered")
+    with pytest.raises(HfHubHTTPError, match=f"upload first: sha256:{kept}") as caught:
+        hub.create_tag(NAME, tag="v1", exist_ok=True)
+    assert (caught.value.response.status_code, versions(local)) == (422, [])
+
+
 def test_a_tag_after_a_lost_answer(hub, local, folder, monkeypatch):
     """The process dies between the version's row and the end of the draft: the tag, again, ends what it began."""
     hub.create_repo(NAME)
