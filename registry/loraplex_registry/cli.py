@@ -22,8 +22,9 @@ from .archive import export_versions, import_versions
 from .database import upgrade_catalog
 from .diff import Diff, compare
 from .errors import InvalidAdapter, InvalidReference, RegistryError, StoreUnavailable
+from .pages import PAGE_LIMIT, pages, take
 from .reference import HubReference, Reference, check_name, parse_alias
-from .registry import AUDIT_LIMIT, CATALOG, SEARCH_LIMIT, Registry
+from .registry import CATALOG, Registry
 from .remote import DATABASE, RemoteRegistry, open_registry
 from .trusted_bases import TrustedBases
 from .version import Act, AliasMove, Fault, Version
@@ -230,31 +231,49 @@ def import_(file: Path, name: str | None, base: str | None) -> None:
 # --- questions ---
 
 
+most = click.option("--limit", type=click.IntRange(1), metavar="N", help="The most that are shown; default: all.")
+
+
 @verb
+@most
 @output_format
-def list_(style: str) -> None:
+def list_(limit: int | None, style: str) -> None:
     """The newest version of every adapter, and where its aliases point."""
     with opened() as registry:
-        versions, aliases, where = registry.list(), registry.aliases(), _where(registry)
+        size, left = min(limit or PAGE_LIMIT, PAGE_LIMIT), limit
+        shown: list[dict[str, Any]] = []
+        for number, page in enumerate(pages(lambda cursor: registry.list_page(size, cursor))):
+            versions, left = page.data[:left], left and left - len(page.data)
+            pointers = page.aliases
+            if style == "json":
+                shown += [_plain(version) | {"pointers": pointers.get(version.name, {})} for version in versions]
+            elif versions:
+                _print_newest(versions, pointers, header=number == 0)
+            else:
+                click.echo(f"no adapters yet in {_where(registry)}; keep the first with: registry push NAME [DIR]")
+            if left is not None and left <= 0:
+                break
     if style == "json":
-        _print_json([_plain(version) | {"pointers": aliases.get(version.name, {})} for version in versions])
-    elif not versions:
-        click.echo(f"no adapters yet in {where}; keep the first with: registry push NAME [DIR]")
-    else:
-        table = _table("adapter", "newest", "aliases", "base", "rank", "size", "metrics", "pushed")
-        for version in versions:
-            pointers = ", ".join(f"{alias} → {number}" for alias, number in aliases.get(version.name, {}).items())
-            table.add_row(version.name, str(version.number), pointers, *_facts(version), _when(version))
-        _print(table)
+        _print_json(shown)
+
+
+def _print_newest(versions: list[Version], pointers: dict[str, dict[str, int]], header: bool) -> None:
+    table = _table("adapter", "newest", "aliases", "base", "rank", "size", "metrics", "pushed")
+    table.show_header = header
+    for version in versions:
+        said = ", ".join(f"{alias} → {number}" for alias, number in pointers.get(version.name, {}).items())
+        table.add_row(version.name, str(version.number), said, *_facts(version), _when(version))
+    _print(table)
 
 
 @verb
 @click.argument("name")
+@most
 @output_format
-def versions(name: str, style: str) -> None:
+def versions(name: str, limit: int | None, style: str) -> None:
     """All versions of NAME, newest first."""
     with opened() as registry:
-        found = registry.versions(name)[::-1]
+        found = registry.versions(name)[::-1][:limit]
     _print_versions(found, style)
 
 
@@ -266,7 +285,7 @@ def versions(name: str, style: str) -> None:
     metavar="KEY",
     help="-KEY: the highest first.",
 )
-@click.option("--limit", default=50, type=click.IntRange(1, SEARCH_LIMIT), help="The most that are shown.")
+@click.option("--limit", default=50, type=click.IntRange(1), help="The most that are shown.")
 @output_format
 def search(terms: tuple[str, ...], sort: str, limit: int, style: str) -> None:
     """Versions of any adapter for which every TERM holds.
@@ -276,7 +295,7 @@ def search(terms: tuple[str, ...], sort: str, limit: int, style: str) -> None:
     created.
     """
     with opened() as registry:
-        found = registry.search(" ".join(terms), sort, limit)
+        found = take(lambda size, cursor: registry.search_page(" ".join(terms), sort, size, cursor), limit)
     if not found and style == "table":
         click.echo("no version matches")
     else:
@@ -382,12 +401,12 @@ def watch(ref: str | None, after: int | None, style: str) -> None:
 
 @verb
 @click.argument("name", required=False)
-@click.option("--limit", default=50, type=click.IntRange(1, AUDIT_LIMIT), help="The most that are shown.")
+@click.option("--limit", default=50, type=click.IntRange(1), help="The most that are shown.")
 @output_format
 def audit(name: str | None, limit: int, style: str) -> None:
     """Who did what to NAME, or to all, and when and why; newest first."""
     with opened() as registry:
-        acts = registry.audit(name, limit)
+        acts = take(lambda size, cursor: registry.audit_page(name, size, cursor), limit)
     if style == "json":
         _print_json(dump(list[Act], acts))
         return

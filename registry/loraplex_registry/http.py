@@ -25,8 +25,9 @@ from .errors import RegistryError
 from .hub_protocol import asked_range, hub_routes, refusal, speaks
 from .hub_upload import upload_routes
 from .manifest import FileEntry
+from .pages import PAGE, Listing, Page
 from .reference import Reference, check_digest, check_name, parse_alias
-from .registry import AUDIT_LIMIT, SEARCH_LIMIT, Registry, writing
+from .registry import Registry, writing
 from .trusted_bases import TrustedBases
 from .uploads import Upload, forget, gather
 from .version import Act, AliasMove, Collected, Deletion, Fault, Version
@@ -74,6 +75,7 @@ def create_app(
             Route("/v1/adapters/{name:path}/versions", list_versions),
             Route("/v1/adapters/{name:path}/versions", push, methods=["POST"]),
             Route("/v1/adapters/{name:path}/publish", publish, methods=["POST"]),
+            Route("/v1/aliases", list_aliases),
             Route("/v1/search", search),
             Route("/v1/resolve", resolve),
             Route("/v1/history", history),
@@ -143,23 +145,35 @@ def ready(request: Request) -> Response:
 
 
 def list_adapters(request: Request) -> Response:
-    registry = _registry(request)
-    return JSONResponse({"data": dump(list[Version], registry.list()), "aliases": registry.aliases()})
+    return _paged(request, Listing, _registry(request).list_page)
 
 
 def list_versions(request: Request) -> Response:
-    return JSONResponse({"data": dump(list[Version], _registry(request).versions(request.path_params["name"]))})
+    name = request.path_params["name"]
+    return _paged(request, Page[Version], lambda *page: _registry(request).versions_page(name, *page))
+
+
+def list_aliases(request: Request) -> Response:
+    return JSONResponse({"aliases": _registry(request).aliases()})
 
 
 def search(request: Request) -> Response:
-    asked = request.query_params
-    found = _registry(request).search(asked.get("q", ""), asked.get("sort", "-created"), _limit(request, SEARCH_LIMIT))
-    return JSONResponse({"data": dump(list[Version], found)})
+    query, sort = request.query_params.get("q", ""), request.query_params.get("sort", "-created")
+    return _paged(request, Page[Version], lambda *page: _registry(request).search_page(query, sort, *page))
 
 
 def audit(request: Request) -> Response:
-    found = _registry(request).audit(request.query_params.get("name"), _limit(request, AUDIT_LIMIT))
-    return JSONResponse({"data": dump(list[Act], found)})
+    name = request.query_params.get("name")
+    return _paged(request, Page[Act], lambda *page: _registry(request).audit_page(name, *page))
+
+
+def _paged(request: Request, kind: object, ask: Callable[[int, str | None], Page]) -> Response:
+    """The page that the request's `limit` and `cursor` ask for, and where the one after it is (RFC 8288)."""
+    page = ask(_limit(request, PAGE), request.query_params.get("cursor"))
+    headers = {}
+    if page.next:
+        headers["Link"] = f'<{request.url.include_query_params(cursor=page.next)}>; rel="next"'
+    return JSONResponse(dump(kind, page), headers=headers)
 
 
 def resolve(request: Request) -> Response:

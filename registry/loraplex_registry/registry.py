@@ -27,15 +27,15 @@ from .errors import (
     BaseNotFound,
     InvalidAdapter,
     InvalidManifest,
-    InvalidQuery,
-    InvalidRequest,
     NoDraft,
     RegistryError,
     StoreUnavailable,
 )
+from .finding import Finder
 from .garbage import GRACE_SECONDS, collect
 from .manifest import BaseRef, FileEntry, Manifest
-from .query import Comparison, parse_query, parse_sort
+from .pages import PAGE, PAGE_LIMIT, Listing, Page, check_limit, take
+from .query import Comparison
 from .receipt import Receipt
 from .reference import Reference, check_alias, check_digest, check_name, parse_alias, parse_version
 from .trusted_bases import TrustedBases
@@ -45,7 +45,7 @@ from .version import Act, AliasMove, Collected, Deletion, Fault, Version
 from .watch import LedgerSource, Watch, ignore
 
 MESSAGE_CHARACTERS = 4096
-SEARCH_LIMIT = 1000
+SEARCH_LIMIT = PAGE_LIMIT
 AUDIT_LIMIT = 10_000
 CATALOG = "catalog.sqlite3"
 MANIFEST = "manifest.json"  # how errors and faults call the manifest; it is stored by its digest
@@ -73,6 +73,7 @@ class Registry:
         self.store = BlobStore(self.root, Bucket(store) if store else None)
         opened = open_database(self.root / CATALOG, database)
         self.catalog, self.drafts = Catalog(opened), Drafts(opened)
+        self._finder = Finder(self.catalog.reading)
 
     @staticmethod
     def default_root() -> Path:
@@ -204,9 +205,20 @@ class Registry:
         """All versions of a name, oldest first. Raises InvalidReference, UnknownAdapter."""
         return self.catalog.versions(check_name(name))
 
-    def list(self) -> list[Version]:
+    def versions_page(self, name: str, limit: int = PAGE, cursor: str | None = None) -> Page[Version]:
+        """Part of `versions`; the cursor is the `next` of the page before. Raises InvalidRequest too."""
+        page = self._finder.versions(check_name(name), limit, cursor)
+        if not page.data and not cursor:
+            self.catalog.versions(name)  # which says what is wrong with the name
+        return page
+
+    def list(self) -> "list[Version]":
         """The newest version of each name, by name."""
-        return self.catalog.newest()
+        return take(self.list_page)
+
+    def list_page(self, limit: int = PAGE, cursor: str | None = None) -> Listing:
+        """Part of `list`, with the aliases of the names in it. Raises InvalidRequest."""
+        return self._finder.newest(limit, cursor)
 
     def aliases(self) -> dict[str, dict[str, int]]:
         """Where every alias points: name → alias → version number."""
@@ -217,9 +229,13 @@ class Registry:
 
         `sort` is a key, or `-` and a key for the highest first; versions without it come last. Raises InvalidQuery.
         """
-        if not 1 <= limit <= SEARCH_LIMIT:
-            raise InvalidQuery(f"limit is {limit}, expected 1 to {SEARCH_LIMIT:,}")
-        return self.catalog.search(parse_query(query), *parse_sort(sort), limit)
+        return self.search_page(query, sort, limit).data
+
+    def search_page(
+        self, query: str = "", sort: str = "-created", limit: int = PAGE, cursor: str | None = None
+    ) -> Page[Version]:
+        """Part of what a search finds; the cursor is the `next` of the page before. Raises InvalidRequest too."""
+        return self._finder.search(query, sort, limit, cursor)
 
     def promote(
         self,
@@ -270,9 +286,15 @@ class Registry:
 
         Raises InvalidReference, UnknownAdapter, InvalidRequest.
         """
-        if not 1 <= limit <= AUDIT_LIMIT:
-            raise InvalidRequest(f"limit is {limit}, expected 1 to {AUDIT_LIMIT:,}", "limit")
-        return self.catalog.audit(name and check_name(name), limit)
+        check_limit(limit, AUDIT_LIMIT)
+        return take(lambda size, cursor: self.audit_page(name, size, cursor), limit)
+
+    def audit_page(self, name: str | None = None, limit: int = PAGE, cursor: str | None = None) -> Page[Act]:
+        """Part of `audit`; the cursor is the `next` of the page before."""
+        page = self._finder.audit(name and check_name(name), limit, cursor)
+        if name and not page.data and not cursor:
+            self.catalog.versions(name)  # which says what is wrong with the name
+        return page
 
     def watch(
         self, ref: str | None = None, after: int | None = None, cut: Callable[[RegistryError], None] = ignore

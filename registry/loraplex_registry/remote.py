@@ -18,6 +18,7 @@ from .errors import CorruptBlob, InvalidRequest, MissingBlobs, RegistryError, Re
 from .events import StreamSource
 from .garbage import GRACE_SECONDS
 from .manifest import CHUNK_BYTES, FileEntry, Manifest, sha256_of
+from .pages import PAGE, Listing, Page, check_limit, take
 from .reference import Reference, check_alias, check_digest, check_name, parse_alias, parse_version
 from .registry import AUDIT_LIMIT, MANIFEST, SEARCH_LIMIT, Registry, find_base
 from .validate import Limits, adapter_files, check_adapter
@@ -92,17 +93,27 @@ class RemoteRegistry:
         return _load(Version, self._ask("GET", "/v1/resolve", params={"ref": str(ref)}))
 
     def versions(self, name: str) -> list[Version]:
-        return _load(list[Version], self._ask("GET", f"/v1/adapters/{check_name(name)}/versions", key="data"))
+        return take(lambda size, cursor: self.versions_page(name, size, cursor))
+
+    def versions_page(self, name: str, limit: int = PAGE, cursor: str | None = None) -> Page[Version]:
+        return self._page(Page[Version], f"/v1/adapters/{check_name(name)}/versions", limit, cursor)
 
     def list(self) -> "list[Version]":
-        return _load(list[Version], self._ask("GET", "/v1/adapters", key="data"))
+        return take(self.list_page)
+
+    def list_page(self, limit: int = PAGE, cursor: str | None = None) -> Listing:
+        return self._page(Listing, "/v1/adapters", limit, cursor)
 
     def aliases(self) -> dict[str, dict[str, int]]:
-        return _load(dict[str, dict[str, int]], self._ask("GET", "/v1/adapters", key="aliases"))
+        return _load(dict[str, dict[str, int]], self._ask("GET", "/v1/aliases", key="aliases"))
 
     def search(self, query: str = "", sort: str = "-created", limit: int = SEARCH_LIMIT) -> "list[Version]":
-        params = {"q": query, "sort": sort, "limit": limit}
-        return _load(_Versions, self._ask("GET", "/v1/search", params=params, key="data"))
+        return self.search_page(query, sort, limit).data
+
+    def search_page(
+        self, query: str = "", sort: str = "-created", limit: int = PAGE, cursor: str | None = None
+    ) -> Page[Version]:
+        return self._page(Page[Version], "/v1/search", limit, cursor, q=query, sort=sort)
 
     def promote(self, ref: str | Reference, to: str, reason: str = "", *, require: Sequence[str] = ()) -> AliasMove:
         body = {"ref": str(ref), "to": to, "reason": reason, "require": list(require)}
@@ -125,8 +136,11 @@ class RemoteRegistry:
         return _load(_Moves, self._ask("GET", "/v1/history", params={"ref": ref}, key="data"))
 
     def audit(self, name: str | None = None, limit: int = AUDIT_LIMIT) -> "list[Act]":
-        params = {"limit": limit} | ({"name": name} if name else {})
-        return _load(_Acts, self._ask("GET", "/v1/audit", params=params, key="data"))
+        check_limit(limit, AUDIT_LIMIT)
+        return take(lambda size, cursor: self.audit_page(name, size, cursor), limit)
+
+    def audit_page(self, name: str | None = None, limit: int = PAGE, cursor: str | None = None) -> Page[Act]:
+        return self._page(Page[Act], "/v1/audit", limit, cursor, name=name)
 
     def watch(
         self, ref: str | None = None, after: int | None = None, cut: Callable[[RegistryError], None] = ignore
@@ -176,6 +190,13 @@ class RemoteRegistry:
         with self._answer("PUT", f"/v1/blobs/sha256:{entry.sha256}", content=counted()):
             pass
 
+    def _page(self, kind: type[T], route: str, limit: int, cursor: str | None, **params: str | None) -> T:
+        given = {key: value for key, value in (params | {"cursor": cursor}).items() if value is not None}
+        answer = self._ask("GET", route, params=given | {"limit": limit})
+        if not isinstance(answer, dict) or "data" not in answer:
+            raise RemoteError(f"the registry at {self.url} answered GET {route} without 'data'")
+        return _load(kind, answer)
+
     def _ask(self, method: str, route: str, *, key: str | None = None, **options: Any) -> Any:
         """The JSON of a successful answer, or what it holds under `key`."""
         with self._answer(method, route, **options) as response:
@@ -209,12 +230,7 @@ class RemoteRegistry:
             return RemoteError(f"the registry at {self.url} answered {response.status_code} {response.reason_phrase}")
 
 
-_Acts, _Moves, _Faults, _Versions = (
-    list[Act],
-    list[AliasMove],
-    list[Fault],
-    list[Version],
-)  # the class has a method called list
+_Moves, _Faults = list[AliasMove], list[Fault]  # the class has a method called list
 
 
 def open_registry(
