@@ -158,6 +158,13 @@ class Catalog:
             self._resolve(db, Reference(name, version=target))
             return self._move(db, name, alias, target, who, reason, "rollback")
 
+    def remove_alias(self, name: str, alias: str, who: str, reason: str) -> AliasMove:
+        """Let an alias point to nothing. Raises UnknownAdapter, UnknownAlias."""
+        with self._write() as db:
+            if db.scalar(sa.select(_aliases.c.number).filter_by(name=name, alias=alias)) is None:
+                raise self._not_found(db, Reference(name, alias=alias))
+            return self._move(db, name, alias, None, who, reason, "remove")
+
     def delete(self, name: str, number: int, who: str, reason: str) -> Deletion:
         """Hide a version, until it is restored. Raises NotFound, VersionInUse."""
         with self._write() as db:
@@ -228,12 +235,16 @@ class Catalog:
             raise self._not_found(db, Reference(name, alias=alias))
         return [_alias_move(row) for row in rows]
 
-    def _move(self, db: sa.Connection, name: str, alias: str, to: int, who: str, reason: str, action: str) -> AliasMove:
+    def _move(
+        self, db: sa.Connection, name: str, alias: str, to: int | None, who: str, reason: str, action: str
+    ) -> AliasMove:
         key = {"name": name, "alias": alias}
         now = db.scalar(sa.select(_aliases.c.number).filter_by(**key))
         if now == to:
             return replace(self._history(db, name, alias)[-1], moved=False)
-        if now is None:
+        if to is None:
+            db.execute(_aliases.delete().filter_by(**key))
+        elif now is None:
             db.execute(_aliases.insert().values(key | {"number": to}))
         else:
             db.execute(_aliases.update().filter_by(**key).values(number=to))

@@ -152,6 +152,39 @@ def rollback(ref: str, number: int | None, reason: str) -> None:
         _say_move(registry.rollback(ref, number, reason))
 
 
+@cli.group()
+def alias() -> None:
+    """Set and remove aliases, and tell where they pointed."""
+
+
+@alias.command("set")
+@click.argument("ref")
+@click.argument("name", metavar="ALIAS")
+@click.option("--reason", default="", help="Why, for the ledger.")
+def set_alias(ref: str, name: str, reason: str) -> None:
+    """Point ALIAS at a version: `registry promote` without requirements."""
+    with opened() as registry:
+        _say_move(registry.promote(ref, name, reason))
+
+
+@alias.command("rm")
+@click.argument("ref", metavar="NAME@ALIAS")
+@click.option("--reason", default="", help="Why, for the ledger.")
+def remove_alias(ref: str, reason: str) -> None:
+    """Remove an alias. Without `production`, a bare NAME means the newest version."""
+    with opened() as registry:
+        _say_move(registry.remove_alias(ref, reason))
+
+
+@alias.command("history")
+@click.argument("ref", metavar="NAME@ALIAS")
+@output_format
+@click.pass_context
+def alias_history(ctx: click.Context, ref: str, style: str) -> None:
+    """Every move of an alias, newest first: `registry history`."""
+    ctx.invoke(history, ref=ref, style=style)
+
+
 @verb
 @click.argument("ref", metavar="NAME:VERSION")
 @click.option("--reason", default="", help="Why, for the ledger.")
@@ -379,7 +412,7 @@ def history(ref: str, style: str) -> None:
     table = _table("when", "from", "to", "how", "who", "reason")
     for move in moves:
         at = move.at.astimezone().strftime("%Y-%m-%d %H:%M:%S")
-        table.add_row(at, str(move.from_number or ""), str(move.to_number), move.action, move.who, move.reason)
+        table.add_row(at, str(move.from_number or ""), str(move.to_number or ""), move.action, move.who, move.reason)
     _print(table)
 
 
@@ -613,7 +646,7 @@ def _say_move(move: AliasMove) -> None:
 
 def _change(move: AliasMove) -> str:
     before = f"{move.name}:{move.from_number} → " if move.from_number else ""
-    return f"{move}: {before}{move.name}:{move.to_number}"
+    return f"{move}: {before}{f'{move.name}:{move.to_number}' if move.to_number else 'nothing'}"
 
 
 def _move_line(move: AliasMove) -> str:

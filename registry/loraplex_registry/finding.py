@@ -220,7 +220,7 @@ def _ledgers() -> list[sa.Select]:
     )
     moved, gone = alias_moves.c, deletions.c
     came_from = sa.func.coalesce(_text(moved.from_number) + " → ", "")
-    way = moved.name + "@" + moved.alias + ": " + came_from + _text(moved.to_number)
+    way = moved.name + "@" + moved.alias + ": " + came_from + sa.func.coalesce(_text(moved.to_number), "nothing")
     moves = sa.select(
         moved.at, moved.who, moved.action, way.label("subject"), moved.reason, moved.name, moved.id.label("row")
     )

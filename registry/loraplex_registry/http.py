@@ -84,6 +84,7 @@ def create_app(
             Route("/v1/verify", verify),
             Route("/v1/promote", promote, methods=["POST"]),
             Route("/v1/rollback", rollback, methods=["POST"]),
+            Route("/v1/unalias", unalias, methods=["POST"]),
             Route("/v1/delete", delete, methods=["POST"]),
             Route("/v1/restore", restore, methods=["POST"]),
             Route("/v1/gc", gc, methods=["POST"]),
@@ -271,6 +272,12 @@ async def rollback(request: Request) -> Response:
         lambda: registry.rollback(body["ref"], body.get("to"), body.get("reason", ""), who=_who(request))
     )
     return JSONResponse(dump(AliasMove, move))
+
+
+async def unalias(request: Request) -> Response:
+    body, who = _fields(await _json(request), {"ref": str}, {"reason": str}), _who(request)
+    registry, reason = _registry(request), body.get("reason", "")
+    return JSONResponse(dump(AliasMove, await run_sync(lambda: registry.remove_alias(body["ref"], reason, who=who))))
 
 
 async def delete(request: Request) -> Response:

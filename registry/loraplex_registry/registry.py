@@ -264,6 +264,14 @@ class Registry:
         with writing(self.root):
             return self.catalog.rollback(*parse_alias(ref), to, who or whoami(), reason)
 
+    def remove_alias(self, ref: str, reason: str = "", *, who: str | None = None) -> AliasMove:
+        """Remove `name@alias`: it stands for nothing until it is set again; the ledger gets a row.
+
+        Without `production`, a bare name means the newest version. Raises InvalidReference, NotFound.
+        """
+        with writing(self.root):
+            return self.catalog.remove_alias(*parse_alias(ref), who or whoami(), reason)
+
     def delete(self, ref: str, reason: str = "", *, who: str | None = None) -> Deletion:
         """Hide the version `name:3`: it neither resolves nor is listed, until it is restored or pushed again.
 

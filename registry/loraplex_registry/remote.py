@@ -123,6 +123,10 @@ class RemoteRegistry:
         parse_alias(ref)
         return _load(AliasMove, self._ask("POST", "/v1/rollback", json={"ref": ref, "to": to, "reason": reason}))
 
+    def remove_alias(self, ref: str, reason: str = "") -> AliasMove:
+        parse_alias(ref)
+        return _load(AliasMove, self._ask("POST", "/v1/unalias", json={"ref": ref, "reason": reason}))
+
     def delete(self, ref: str, reason: str = "") -> Deletion:
         parse_version(ref)
         return _load(Deletion, self._ask("POST", "/v1/delete", json={"ref": ref, "reason": reason}))

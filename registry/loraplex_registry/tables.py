@@ -48,7 +48,7 @@ alias_moves = sa.Table(
     sa.Column("name", sa.Text, nullable=False),
     sa.Column("alias", sa.Text, nullable=False),
     sa.Column("from_number", sa.Integer),
-    sa.Column("to_number", sa.Integer, nullable=False),
+    sa.Column("to_number", sa.Integer),
     sa.Column("who", sa.Text, nullable=False),
     sa.Column("at", sa.Text, nullable=False),
     sa.Column("reason", sa.Text, nullable=False),

@@ -32,16 +32,19 @@ class Version:
 
 @dataclass(frozen=True)
 class AliasMove:
-    """One row of the ledger, which `id` numbers across all aliases. `from_number` is None when the alias was new."""
+    """One row of the ledger, which `id` numbers across all aliases.
+
+    `from_number` is None when the alias was new, `to_number` when it was removed.
+    """
 
     name: str
     alias: str
     from_number: int | None
-    to_number: int
+    to_number: int | None
     who: str
     at: datetime
     reason: str
-    action: str = "promote"  # or "rollback"
+    action: str = "promote"  # or "rollback", or "remove"
     id: int = 0
     moved: bool = field(default=True, compare=False)  # False in an answer when the alias was there already
 
@@ -70,7 +73,7 @@ class Act:
 
     at: datetime
     who: str
-    action: str  # push, promote, rollback, delete, restore, purge
+    action: str  # push, promote, rollback, remove, delete, restore, purge
     subject: str
     reason: str
 
@@ -98,10 +101,13 @@ class Fault:
 def previous_target(moves: list[AliasMove]) -> int | None:
     """Where a rollback goes: the target before the present one, as a browser's back button walks.
 
-    1, 2, 3, back, back ends at 1: a second rollback does not return to the version the first one left.
+    1, 2, 3, back, back ends at 1: a second rollback does not return to the version the first one left. An alias that
+    was removed goes back to where it pointed; what came after it had been removed goes back to before that.
     """
-    trail: list[int] = []
+    trail: list[int | None] = []
     for move in moves:
+        if trail and trail[-1] is None:
+            trail.pop()
         if move.action == "rollback" and move.to_number in trail:
             while trail[-1] != move.to_number:
                 trail.pop()
