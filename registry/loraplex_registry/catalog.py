@@ -4,7 +4,7 @@ Allots version numbers and moves aliases, each in one transaction. Knows no file
 """
 
 import difflib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import UTC, datetime, timedelta
@@ -41,6 +41,8 @@ from .tables import deletions as _deletions
 from .tables import metric_rows
 from .tables import metrics as _metrics
 from .tables import row_of as _row
+from .tables import tag_changes as _tag_changes
+from .tables import tags as _tags
 from .tables import version_of as _version
 from .tables import versions as _versions
 from .version import AliasMove, Deletion, Version, previous_target
@@ -164,6 +166,22 @@ class Catalog:
             if db.scalar(sa.select(_aliases.c.number).filter_by(name=name, alias=alias)) is None:
                 raise self._not_found(db, Reference(name, alias=alias))
             return self._move(db, name, alias, None, who, reason, "remove")
+
+    def tag(self, ref: Reference, add: Collection[str], remove: Collection[str], who: str) -> Version:
+        """Put tags on a version and take others off; the ledger gets a row for each that changes. Raises NotFound."""
+        with self._write() as db:
+            version = self._resolve(db, ref)
+            key, at = {"name": version.name, "number": version.number}, datetime.now(UTC).isoformat()
+            new, gone = sorted(set(add) - {*version.tags}), sorted({*version.tags} & set(remove) - set(add))
+            for tag in gone:
+                db.execute(_tags.delete().filter_by(**key, tag=tag))
+            for tag in new:
+                db.execute(_tags.insert().values(key | {"tag": tag}))
+            for action, changed in (("untag", gone), ("tag", new)):
+                for tag in changed:
+                    row = key | {"tag": tag, "action": action, "who": who, "at": at}
+                    db.execute(_tag_changes.insert().values(row))
+            return self._resolve(db, Reference(version.name, version=version.number))
 
     def delete(self, name: str, number: int, who: str, reason: str) -> Deletion:
         """Hide a version, until it is restored. Raises NotFound, VersionInUse."""

@@ -15,19 +15,21 @@ from typing import Any
 import click
 from rich.console import Console
 from rich.filesize import decimal
+from rich.markdown import Markdown
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.table import Table
 
 from .archive import export_versions, import_versions
+from .card import body_of
 from .database import upgrade_catalog
 from .diff import Diff, compare
 from .errors import InvalidAdapter, InvalidReference, RegistryError, StoreUnavailable
 from .pages import PAGE_LIMIT, pages, take
-from .reference import HubReference, Reference, check_name, parse_alias
+from .reference import HubReference, Reference, check_name, check_tag, parse_alias
 from .registry import CATALOG, Registry
 from .remote import DATABASE, RemoteRegistry, open_registry
 from .trusted_bases import TrustedBases
-from .version import Act, AliasMove, Fault, Version
+from .version import Act, AliasMove, Dataset, Fault, Lineage, Version
 from .wire import dump
 
 LARGE_BYTES = 16 << 20
@@ -99,12 +101,15 @@ def opened() -> Iterator[Registry | RemoteRegistry]:
 @click.argument("folder", metavar="[DIR]", required=False)
 @click.option("--base", metavar="ID_OR_PATH", help="The base to check against; default: what the adapter says.")
 @click.option("--message", "-m", default="", help="What is new, for people.")
-def push(name: str, folder: str | None, base: str | None, message: str) -> None:
+@click.option("--tag", "tags", multiple=True, help="A tag for the version, new or not. Repeatable.")
+def push(name: str, folder: str | None, base: str | None, message: str, tags: tuple[str, ...]) -> None:
     """Check an adapter folder and keep it as the next version of NAME.
 
     Without DIR: ./adapters/NAME, then adapters/NAME in LORAPLEX_HOME. DIR may be hf://owner/repo[@revision].
     """
     check_name(name)
+    for tag in tags:
+        check_tag(tag)
     with opened() as registry, tempfile.TemporaryDirectory() as temporary:
         if folder and folder.startswith("hf://"):
             from .hub import fetch_from_hub, find_on_hub  # here: it costs a third of a second that others need not pay
@@ -117,6 +122,8 @@ def push(name: str, folder: str | None, base: str | None, message: str) -> None:
         total_bytes = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
         with _transfer(f"push {name}", total_bytes) as progress:
             version = registry.push(name, path, base=base, message=message, progress=progress)
+        if tags:
+            registry.tag(str(version), tags)
     _say_pushed(version, "pushed")
 
 
@@ -183,6 +190,33 @@ def remove_alias(ref: str, reason: str) -> None:
 def alias_history(ctx: click.Context, ref: str, style: str) -> None:
     """Every move of an alias, newest first: `registry history`."""
     ctx.invoke(history, ref=ref, style=style)
+
+
+@cli.group("tag")
+def tag_group() -> None:
+    """Put tags on versions, for `registry search tag:…`, and take them off."""
+
+
+@tag_group.command("add")
+@click.argument("ref")
+@click.argument("tags", nargs=-1, required=True, metavar="TAG...")
+def add_tags(ref: str, tags: tuple[str, ...]) -> None:
+    """Put tags on a version."""
+    with opened() as registry:
+        _say_tags(registry.tag(ref, add=tags))
+
+
+@tag_group.command("rm")
+@click.argument("ref")
+@click.argument("tags", nargs=-1, required=True, metavar="TAG...")
+def remove_tags(ref: str, tags: tuple[str, ...]) -> None:
+    """Take tags off a version."""
+    with opened() as registry:
+        _say_tags(registry.tag(ref, remove=tags))
+
+
+def _say_tags(version: Version) -> None:
+    click.echo(f"{version}: {', '.join(version.tags) or 'no tags'}")
 
 
 @verb
@@ -324,8 +358,8 @@ def search(terms: tuple[str, ...], sort: str, limit: int, style: str) -> None:
     """Versions of any adapter for which every TERM holds.
 
     'f1>=0.9' or 'rank<=16' compares; base:tinyllama, name:, alias:production, target:q_proj, by:, digest: and parent:
-    look at a field; any other word is looked for in names and messages. KEY: a metric, rank, bytes, version, name or
-    created.
+    look at a field; so do tag:, dataset: and run:. Any other word is looked for in names, messages and descriptions.
+    KEY: a metric, rank, bytes, version, name, base, by or created.
     """
     with opened() as registry:
         found = take(lambda size, cursor: registry.search_page(" ".join(terms), sort, size, cursor), limit)
@@ -342,18 +376,20 @@ def show(ref: str, style: str) -> None:
     """Everything about one version."""
     with opened() as registry:
         version = registry.resolve(ref)
-        manifest = registry.manifest(version.digest)
+        manifest, card = registry.manifest(version.digest), registry.card(version.digest)
     if style == "json":
-        _print_json({"version": _plain(version), "manifest": json.loads(manifest.canonical())})
+        _print_json({"version": _plain(version), "manifest": json.loads(manifest.canonical()), "card": card})
         return
-    base = version.base
+    base, template = version.base, version.lineage.template
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for key, value in {
         "version": version,
         "digest": version.digest,
+        "description": version.description or "none",
         "aliases": ", ".join(version.aliases) or "none",
+        "tags": ", ".join(version.tags) or "none",
         "base": base.id + (f" @ {base.revision}" if base.revision else ""),
         "fingerprint": base.fingerprint or "unknown",
         "quantization": base.quantization or "unknown",
@@ -361,12 +397,20 @@ def show(ref: str, style: str) -> None:
         "targets": ", ".join(version.targets),
         "metrics": _metrics(version) or "none",
         "parent": version.parent or "none",
+        "datasets": "\n".join(map(_dataset_line, version.lineage.datasets)) or "unknown",
+        "run": _run_line(version.lineage),
+        "prompt": "unknown" if template.prompt is None else repr(template.prompt),
+        "completion": "unknown" if template.completion is None else repr(template.completion),
+        "stop": ", ".join(map(repr, template.stop)) or "the end of the sequence",
         "pushed": f"{_when(version)} by {version.created_by}",
         "message": version.message or "none",
         "files": "\n".join(f"{file.path}  {decimal(file.bytes)}  sha256:{file.sha256}" for file in manifest.files),
     }.items():
         table.add_row(key, str(value))
     _print(table)
+    if card:
+        click.echo()
+        _print_card(card)
 
 
 @verb
@@ -667,6 +711,25 @@ def _print_versions(found: list[Version], style: str) -> None:
         row = (str(version), ", ".join(version.aliases), *_facts(version), _when(version), version.created_by)
         table.add_row(*row, version.message, version.digest[:19])
     _print(table)
+
+
+def _print_card(card: str) -> None:
+    """Rendered on a terminal, without what would control it; elsewhere as it is."""
+    console = Console()
+    if console.is_terminal:
+        console.print(Markdown("".join(c for c in body_of(card) if c == "\n" or c.isprintable())))
+    else:
+        click.echo(body_of(card))
+
+
+def _dataset_line(dataset: Dataset) -> str:
+    examples = "" if dataset.examples is None else f"  {dataset.examples:,} examples"
+    return f"{dataset.split}: {dataset.path}{examples}" + (f"  sha256:{dataset.sha256}" if dataset.sha256 else "")
+
+
+def _run_line(lineage: Lineage) -> str:
+    said = {"": lineage.run, "seed ": lineage.seed, "steps ": lineage.steps}
+    return ", ".join(f"{key}{value}" for key, value in said.items() if value is not None) or "unknown"
 
 
 def _facts(version: Version) -> tuple[str, str, str, str]:

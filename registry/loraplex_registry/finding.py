@@ -15,12 +15,26 @@ import sqlalchemy as sa
 from .errors import InvalidQuery
 from .pages import PAGE_LIMIT, Listing, Page, check_limit, page_of, read_cursor
 from .query import NUMBERS, SIGNS, Comparison, Field, parse_query, parse_sort
-from .tables import EVERY, LIVE, SELECT, alias_moves, aliases, deletions, metrics, version_of, versions
+from .tables import (
+    EVERY,
+    LIVE,
+    SELECT,
+    alias_moves,
+    aliases,
+    deletions,
+    metrics,
+    tag_changes,
+    tags,
+    version_of,
+    versions,
+)
 from .version import Act, Version
 
 _COLUMNS: dict[str, sa.ColumnElement[Any]] = {  # what can be sorted by beside metrics; no version is without
     "name": versions.c.name,
     "created": versions.c.created_at,
+    "base": versions.c.base_id,
+    "by": versions.c.created_by,
     "rank": versions.c.rank,
     "bytes": versions.c.bytes,
     "version": versions.c.number,
@@ -160,7 +174,8 @@ def _value(version: Version, key: str) -> str | float | None:
     """What a version is sorted by, as the database has it."""
     if key in NUMBERS:
         return Comparison(key, "=", 0).of(version)
-    return {"name": version.name, "created": version.created_at.isoformat()}.get(key) or version.metrics.get(key)
+    words = {"name": version.name, "base": version.base.id, "by": version.created_by}
+    return words.get(key, version.created_at.isoformat() if key == "created" else version.metrics.get(key))
 
 
 def _holds(db: sa.Connection, term: Comparison | Field) -> sa.ColumnElement[bool]:
@@ -169,19 +184,22 @@ def _holds(db: sa.Connection, term: Comparison | Field) -> sa.ColumnElement[bool
     text = term.text
     match term.field:
         case None:
-            places = (versions.c.name, versions.c.message)
+            places = (versions.c.name, versions.c.message, versions.c.description)
             return sa.or_(*(place.icontains(text, autoescape=True) for place in places))
         case "alias":
             named = sa.select(aliases.c.number).where(
                 aliases.c.name == versions.c.name, aliases.c.number == versions.c.number, aliases.c.alias == text
             )
             return named.exists()
+        case "tag":
+            tagged = sa.select(tags.c.name, tags.c.number).where(tags.c.tag == text)
+            return sa.tuple_(versions.c.name, versions.c.number).in_(tagged)
         case "target":
             return sa.cast(versions.c.targets, sa.Text).contains(f'"{text}"', autoescape=True)
         case "digest" | "parent":
             digest = versions.c.digest if term.field == "digest" else versions.c.parent
             return digest.startswith("sha256:" + text.removeprefix("sha256:"), autoescape=True)
-    column = {"name": versions.c.name, "base": versions.c.base_id, "by": versions.c.created_by}[term.field]
+    column = versions.c[{"base": "base_id", "by": "created_by"}.get(term.field, term.field)]
     return column.icontains(text, autoescape=True)
 
 
@@ -226,7 +244,18 @@ def _ledgers() -> list[sa.Select]:
     )
     hidden = (gone.name + ":" + _text(gone.number)).label("subject")
     deleted = sa.select(gone.at, gone.who, gone.action, hidden, gone.reason, gone.name, gone.id.label("row"))
-    return [pushes, moves, deleted]
+    changed = tag_changes.c
+    what = (changed.name + ":" + _text(changed.number) + " " + changed.tag).label("subject")
+    tagged = sa.select(
+        changed.at,
+        changed.who,
+        changed.action,
+        what,
+        sa.literal("").label("reason"),
+        changed.name,
+        changed.id.label("row"),
+    )
+    return [pushes, moves, deleted, tagged]
 
 
 def _acts(

@@ -21,6 +21,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from . import errors
 from .base import BaseDescription
+from .card import CARD
 from .errors import RegistryError
 from .hub_protocol import asked_range, hub_routes, refusal, speaks
 from .hub_upload import upload_routes
@@ -84,6 +85,8 @@ def create_app(
             Route("/v1/verify", verify),
             Route("/v1/promote", promote, methods=["POST"]),
             Route("/v1/rollback", rollback, methods=["POST"]),
+            Route("/v1/card", get_card),
+            Route("/v1/tag", tag, methods=["POST"]),
             Route("/v1/unalias", unalias, methods=["POST"]),
             Route("/v1/delete", delete, methods=["POST"]),
             Route("/v1/restore", restore, methods=["POST"]),
@@ -195,6 +198,16 @@ def get_manifest(request: Request) -> Response:
     return Response(manifest.canonical(), media_type="application/json", headers={"ETag": f'"{manifest.digest}"'})
 
 
+def get_card(request: Request) -> Response:
+    """The card as it was pushed, front matter and all."""
+    registry = _registry(request)
+    version = registry.resolve(_query(request, "ref"))
+    card = registry.card(version.digest)
+    if card is None:
+        raise errors.UnknownFile(f"{version}/{CARD}")
+    return Response(card, media_type="text/markdown", headers={"ETag": f'"{version.digest}"'})
+
+
 def get_blob(request: Request) -> Response:
     """The file as it lies, or one range of it; the client proves it by its digest, which is its name."""
     digest, store = check_digest(request.path_params["digest"]), _registry(request).store
@@ -255,9 +268,7 @@ async def publish(request: Request) -> Response:
 
 async def promote(request: Request) -> Response:
     body = _fields(await _json(request), {"ref": str, "to": str}, {"reason": str, "require": list})
-    registry, require = _registry(request), body.get("require", [])
-    if wrong := next((one for one in require if not isinstance(one, str)), None):
-        raise errors.InvalidRequest(f"field 'require' holds {wrong!r}, expected comparisons like 'f1>=0.9'", "require")
+    registry, require = _registry(request), _strings(body, "require")
     reason, who = body.get("reason", ""), _who(request)
     move = await run_sync(lambda: registry.promote(body["ref"], body["to"], reason, require=require, who=who))
     return JSONResponse(dump(AliasMove, move))
@@ -278,6 +289,13 @@ async def unalias(request: Request) -> Response:
     body, who = _fields(await _json(request), {"ref": str}, {"reason": str}), _who(request)
     registry, reason = _registry(request), body.get("reason", "")
     return JSONResponse(dump(AliasMove, await run_sync(lambda: registry.remove_alias(body["ref"], reason, who=who))))
+
+
+async def tag(request: Request) -> Response:
+    body = _fields(await _json(request), {"ref": str}, {"add": list, "remove": list})
+    registry, add, remove = _registry(request), *(_strings(body, key) for key in ("add", "remove"))
+    version = await run_sync(lambda: registry.tag(body["ref"], add, remove, who=_who(request)))
+    return JSONResponse(dump(Version, version))
 
 
 async def delete(request: Request) -> Response:
@@ -328,6 +346,14 @@ def error_response(error: RegistryError, path: str) -> Response:
     if speaks(path):
         return refusal(error, status, headers)
     return JSONResponse(dump_error(error, kind), status_code=status, headers=headers)
+
+
+def _strings(body: dict[str, Any], key: str) -> list[str]:
+    found = body.get(key, [])
+    for one in found:
+        if not isinstance(one, str):
+            raise errors.InvalidRequest(f"field '{key}' holds {one!r}, expected strings", key)
+    return found
 
 
 def _registry(request: Request) -> Registry:

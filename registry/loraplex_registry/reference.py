@@ -81,6 +81,13 @@ def check_alias(text: str) -> str:
     return text
 
 
+def check_tag(text: str) -> str:
+    """A tag, as it came. Raises InvalidReference."""
+    if not re.fullmatch(_WORD, text):
+        raise InvalidReference(f"'{text}' is not a tag: {_WORDS}")
+    return text
+
+
 def check_digest(text: str) -> str:
     """A `sha256:<64 hex digits>`, as it came. Raises InvalidReference."""
     if not re.fullmatch(_DIGEST, text):

@@ -20,6 +20,7 @@ from .adapter_config import read_config
 from .base import BaseDescription, describe_base
 from .blobs import BlobStore, Progress, materialize, read_chunks, silent, write_durably
 from .bucket import Bucket
+from .card import card_of, first_words
 from .catalog import Catalog
 from .database import open_database
 from .drafts import Drafts
@@ -37,7 +38,7 @@ from .manifest import BaseRef, FileEntry, Manifest
 from .pages import PAGE, PAGE_LIMIT, Listing, Page, check_limit, take
 from .query import Comparison
 from .receipt import Receipt
-from .reference import Reference, check_alias, check_digest, check_name, parse_alias, parse_version
+from .reference import Reference, check_alias, check_digest, check_name, check_tag, parse_alias, parse_version
 from .trusted_bases import TrustedBases
 from .uploads import gather
 from .validate import CheckedAdapter, Limits, adapter_files, check_adapter
@@ -148,11 +149,13 @@ class Registry:
             checked = check_adapter(folder / "adapter", base, self.limits, files)
             manifest = Manifest(checked.files, base_ref(checked, base), checked.config)
             write_durably(iter([manifest.canonical()]), folder / MANIFEST)
+            draft = _draft(name, checked, manifest, message, who or whoami())
+            draft = replace(draft, description=first_words(folder / "adapter"))
             with self.catalog.publishing() as add:
                 for entry in manifest.files:
                     self.store.publish(folder / "adapter" / entry.path, entry.sha256)
                 self.store.publish(folder / MANIFEST, manifest.digest.removeprefix("sha256:"))
-                return add(_draft(name, checked, manifest, message, who or whoami()), number)
+                return add(draft, number)
 
     def publish_draft(
         self,
@@ -272,6 +275,18 @@ class Registry:
         with writing(self.root):
             return self.catalog.remove_alias(*parse_alias(ref), who or whoami(), reason)
 
+    def tag(
+        self, ref: str | Reference, add: Sequence[str] = (), remove: Sequence[str] = (), *, who: str | None = None
+    ) -> Version:
+        """Put tags on a version and take others off; the audit log says who did. Returns the version as it is then.
+
+        Raises InvalidReference, NotFound.
+        """
+        for tag in (*add, *remove):
+            check_tag(tag)
+        with writing(self.root):
+            return self.catalog.tag(_reference(ref), add, remove, who or whoami())
+
     def delete(self, ref: str, reason: str = "", *, who: str | None = None) -> Deletion:
         """Hide the version `name:3`: it neither resolves nor is listed, until it is restored or pushed again.
 
@@ -319,6 +334,11 @@ class Registry:
     def manifest(self, digest: str) -> Manifest:
         """The manifest of a version. Raises CorruptBlob when it is missing or altered."""
         return Manifest.from_bytes(self.store.read(check_digest(digest).removeprefix("sha256:"), MANIFEST))
+
+    def card(self, digest: str) -> str | None:
+        """The README.md of a version, proven; None when it has none of at most 1 MiB. Raises CorruptBlob."""
+        entry = card_of(self.manifest(digest))
+        return entry and b"".join(self.store.chunks(entry)).decode(errors="replace")
 
     def fetch(self, digest: str, into: str | Path) -> Path:
         """Write a version's files to a new folder, each proven by its sha256, all or nothing.
@@ -434,6 +454,7 @@ def _draft(name: str, checked: CheckedAdapter, manifest: Manifest, message: str,
         bytes=sum(entry.bytes for entry in manifest.files),
         metrics=checked.receipt.metrics or {},
         parent=checked.receipt.parent,
+        lineage=checked.receipt.lineage,
         created_at=datetime.now(UTC),
         created_by=who,
         message=message,

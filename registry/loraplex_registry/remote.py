@@ -14,6 +14,7 @@ import httpx
 
 from .base import BaseDescription, describe_base
 from .blobs import Progress, materialize, proven, read_chunks, silent
+from .card import card_of
 from .errors import CorruptBlob, InvalidRequest, MissingBlobs, RegistryError, RemoteError, UnknownDigest
 from .events import StreamSource
 from .garbage import GRACE_SECONDS
@@ -127,6 +128,10 @@ class RemoteRegistry:
         parse_alias(ref)
         return _load(AliasMove, self._ask("POST", "/v1/unalias", json={"ref": ref, "reason": reason}))
 
+    def tag(self, ref: str | Reference, add: Sequence[str] = (), remove: Sequence[str] = ()) -> Version:
+        body = {"ref": str(ref), "add": [*add], "remove": [*remove]}
+        return _load(Version, self._ask("POST", "/v1/tag", json=body))
+
     def delete(self, ref: str, reason: str = "") -> Deletion:
         parse_version(ref)
         return _load(Deletion, self._ask("POST", "/v1/delete", json={"ref": ref, "reason": reason}))
@@ -168,6 +173,10 @@ class RemoteRegistry:
         if sha256_of(data) != digest:
             raise CorruptBlob(MANIFEST, digest, "not what its digest says")
         return Manifest.from_bytes(data)
+
+    def card(self, digest: str) -> str | None:
+        entry = card_of(self.manifest(digest))
+        return entry and b"".join(self._chunks(entry)).decode(errors="replace")
 
     def fetch(self, digest: str, into: str | Path) -> Path:
         """As Registry.fetch: every file is proven by its sha256 here, all or nothing."""

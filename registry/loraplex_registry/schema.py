@@ -10,7 +10,7 @@ import sqlalchemy as sa
 
 from .errors import StoreUnavailable
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 MIGRATIONS = Path(__file__).parent / "migrations"
 _ONE_AT_A_TIME = threading.Lock()  # Alembic's `op` and `context` are one per process
 

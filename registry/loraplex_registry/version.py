@@ -7,6 +7,36 @@ from .manifest import BaseRef
 
 
 @dataclass(frozen=True)
+class Dataset:
+    """What an adapter was trained or measured on: the split's name, the trainer's path to it, its sha256."""
+
+    split: str
+    path: str
+    sha256: str | None = None
+    examples: int | None = None
+
+
+@dataclass(frozen=True)
+class Template:
+    """How the adapter wants to be asked: the prompt, what an answer is like, and the strings that end one."""
+
+    prompt: str | None = None
+    completion: str | None = None
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """Where an adapter comes from, as its receipt says. `run` is the run's name."""
+
+    datasets: tuple[Dataset, ...] = ()
+    run: str | None = None
+    seed: int | None = None
+    steps: int | None = None
+    template: Template = Template()
+
+
+@dataclass(frozen=True)
 class Version:
     """One immutable adapter version. `digest` is its manifest's; `bytes` counts all its files; times are UTC."""
 
@@ -23,6 +53,9 @@ class Version:
     created_by: str
     message: str
     aliases: tuple[str, ...] = ()
+    tags: tuple[str, ...] = ()
+    description: str = ""  # the first words of its card
+    lineage: Lineage = Lineage()
     pushed: bool = field(default=False, compare=False)  # True only in the answer to the push that made it
     restored: bool = field(default=False, compare=False)  # True only in the answer to the push that brought it back
 
@@ -73,7 +106,7 @@ class Act:
 
     at: datetime
     who: str
-    action: str  # push, promote, rollback, remove, delete, restore, purge
+    action: str  # push, promote, rollback, remove, delete, restore, purge, tag, untag
     subject: str
     reason: str
 
