@@ -21,6 +21,7 @@ from rich.table import Table
 
 from .archive import export_versions, import_versions
 from .card import body_of
+from .completion import SHELLS, ReferenceType, script
 from .database import upgrade_catalog
 from .diff import Diff, compare
 from .errors import InvalidAdapter, InvalidReference, RegistryError, StoreUnavailable
@@ -84,6 +85,7 @@ def verb(function: Callable[..., None], group: click.Group | None = None) -> cli
 database_option = click.option(
     "--database", metavar="URL", help="postgresql://…, the catalog's; also LORAPLEX_REGISTRY_DATABASE."
 )
+REF, NAME = ReferenceType(), ReferenceType(bare=True)
 output_format = click.option("--format", "style", type=click.Choice(["table", "json"]), default="table")
 
 
@@ -97,7 +99,7 @@ def opened() -> Iterator[Registry | RemoteRegistry]:
 
 
 @verb
-@click.argument("name")
+@click.argument("name", type=NAME)
 @click.argument("folder", metavar="[DIR]", required=False)
 @click.option("--base", metavar="ID_OR_PATH", help="The base to check against; default: what the adapter says.")
 @click.option("--message", "-m", default="", help="What is new, for people.")
@@ -128,7 +130,7 @@ def push(name: str, folder: str | None, base: str | None, message: str, tags: tu
 
 
 @verb
-@click.argument("name")
+@click.argument("name", type=NAME)
 @click.option("--base", metavar="ID_OR_PATH", help="The base to check against; default: what the registry trusts.")
 @click.option("--message", "-m", default="", help="What is new, for people; default: what the commits said.")
 def publish(name: str, base: str | None, message: str) -> None:
@@ -139,7 +141,7 @@ def publish(name: str, base: str | None, message: str) -> None:
 
 
 @verb
-@click.argument("ref")
+@click.argument("ref", type=REF)
 @click.option("--to", "alias", required=True, metavar="ALIAS", help="The alias to move, for instance production.")
 @click.option("--reason", default="", help="Why, for the ledger.")
 @click.option("--require", multiple=True, metavar="COMPARISON", help="What must hold, as 'f1>=0.9'. Repeatable.")
@@ -150,7 +152,7 @@ def promote(ref: str, alias: str, reason: str, require: tuple[str, ...]) -> None
 
 
 @verb
-@click.argument("ref", metavar="NAME@ALIAS")
+@click.argument("ref", type=REF, metavar="NAME@ALIAS")
 @click.option("--to", "number", type=click.IntRange(1), metavar="VERSION", help="Default: the previous target.")
 @click.option("--reason", default="", help="Why, for the ledger.")
 def rollback(ref: str, number: int | None, reason: str) -> None:
@@ -165,7 +167,7 @@ def alias() -> None:
 
 
 @alias.command("set")
-@click.argument("ref")
+@click.argument("ref", type=REF)
 @click.argument("name", metavar="ALIAS")
 @click.option("--reason", default="", help="Why, for the ledger.")
 def set_alias(ref: str, name: str, reason: str) -> None:
@@ -175,7 +177,7 @@ def set_alias(ref: str, name: str, reason: str) -> None:
 
 
 @alias.command("rm")
-@click.argument("ref", metavar="NAME@ALIAS")
+@click.argument("ref", type=REF, metavar="NAME@ALIAS")
 @click.option("--reason", default="", help="Why, for the ledger.")
 def remove_alias(ref: str, reason: str) -> None:
     """Remove an alias. Without `production`, a bare NAME means the newest version."""
@@ -184,7 +186,7 @@ def remove_alias(ref: str, reason: str) -> None:
 
 
 @alias.command("history")
-@click.argument("ref", metavar="NAME@ALIAS")
+@click.argument("ref", type=REF, metavar="NAME@ALIAS")
 @output_format
 @click.pass_context
 def alias_history(ctx: click.Context, ref: str, style: str) -> None:
@@ -198,7 +200,7 @@ def tag_group() -> None:
 
 
 @tag_group.command("add")
-@click.argument("ref")
+@click.argument("ref", type=REF)
 @click.argument("tags", nargs=-1, required=True, metavar="TAG...")
 def add_tags(ref: str, tags: tuple[str, ...]) -> None:
     """Put tags on a version."""
@@ -207,7 +209,7 @@ def add_tags(ref: str, tags: tuple[str, ...]) -> None:
 
 
 @tag_group.command("rm")
-@click.argument("ref")
+@click.argument("ref", type=REF)
 @click.argument("tags", nargs=-1, required=True, metavar="TAG...")
 def remove_tags(ref: str, tags: tuple[str, ...]) -> None:
     """Take tags off a version."""
@@ -220,7 +222,7 @@ def _say_tags(version: Version) -> None:
 
 
 @verb
-@click.argument("ref", metavar="NAME:VERSION")
+@click.argument("ref", type=REF, metavar="NAME:VERSION")
 @click.option("--reason", default="", help="Why, for the ledger.")
 def delete(ref: str, reason: str) -> None:
     """Hide a version: it neither resolves nor is listed. Refused while an alias points to it."""
@@ -229,7 +231,7 @@ def delete(ref: str, reason: str) -> None:
 
 
 @verb
-@click.argument("ref", metavar="NAME:VERSION")
+@click.argument("ref", type=REF, metavar="NAME:VERSION")
 @click.option("--reason", default="", help="Why, for the ledger.")
 def restore(ref: str, reason: str) -> None:
     """Bring a deleted version back."""
@@ -263,7 +265,7 @@ def gc(dry_run: bool, grace_seconds: int, keep: int | None) -> None:
 
 
 @verb
-@click.argument("ref")
+@click.argument("ref", type=REF)
 @click.argument("folder", metavar="[DIR]", required=False)
 def pull(ref: str, folder: str | None) -> None:
     """Write a version's files, proven by their sha256, to DIR (default: ./NAME)."""
@@ -274,7 +276,7 @@ def pull(ref: str, folder: str | None) -> None:
 
 
 @verb
-@click.argument("refs", nargs=-1, required=True, metavar="REF...")
+@click.argument("refs", type=REF, nargs=-1, required=True, metavar="REF...")
 @click.option("--output", "-o", required=True, type=click.Path(path_type=Path), help="A new file.")
 def export(refs: tuple[str, ...], output: Path) -> None:
     """Write versions to one file, for `registry import` elsewhere."""
@@ -334,7 +336,7 @@ def _print_newest(versions: list[Version], pointers: dict[str, dict[str, int]], 
 
 
 @verb
-@click.argument("name")
+@click.argument("name", type=NAME)
 @most
 @output_format
 def versions(name: str, limit: int | None, style: str) -> None:
@@ -370,7 +372,7 @@ def search(terms: tuple[str, ...], sort: str, limit: int, style: str) -> None:
 
 
 @verb
-@click.argument("ref")
+@click.argument("ref", type=REF)
 @output_format
 def show(ref: str, style: str) -> None:
     """Everything about one version."""
@@ -414,8 +416,8 @@ def show(ref: str, style: str) -> None:
 
 
 @verb
-@click.argument("before", metavar="REF")
-@click.argument("after", metavar="REF")
+@click.argument("before", type=REF, metavar="REF")
+@click.argument("after", type=REF, metavar="REF")
 @click.option("--modules", default=10, type=click.IntRange(0), help="How many are shown, the furthest apart first.")
 @output_format
 def diff(before: str, after: str, modules: int, style: str) -> None:
@@ -444,7 +446,7 @@ def diff(before: str, after: str, modules: int, style: str) -> None:
 
 
 @verb
-@click.argument("ref", metavar="NAME@ALIAS")
+@click.argument("ref", type=REF, metavar="NAME@ALIAS")
 @output_format
 def history(ref: str, style: str) -> None:
     """Every move of an alias, newest first."""
@@ -461,7 +463,7 @@ def history(ref: str, style: str) -> None:
 
 
 @verb
-@click.argument("ref", metavar="[NAME[@ALIAS]]", required=False)
+@click.argument("ref", type=REF, metavar="[NAME[@ALIAS]]", required=False)
 @click.option("--after", type=click.IntRange(0), metavar="ID", help="From the ledger's row ID on; default: from now.")
 @output_format
 def watch(ref: str | None, after: int | None, style: str) -> None:
@@ -477,7 +479,7 @@ def watch(ref: str | None, after: int | None, style: str) -> None:
 
 
 @verb
-@click.argument("name", required=False)
+@click.argument("name", type=NAME, required=False)
 @click.option("--limit", default=50, type=click.IntRange(1), help="The most that are shown.")
 @output_format
 def audit(name: str | None, limit: int, style: str) -> None:
@@ -495,7 +497,7 @@ def audit(name: str | None, limit: int, style: str) -> None:
 
 
 @verb
-@click.argument("ref", required=False)
+@click.argument("ref", type=REF, required=False)
 @click.option("--all", "everything", is_flag=True, help="Every version; the default without REF.")
 @output_format
 def verify(ref: str | None, everything: bool, style: str) -> None:
@@ -587,7 +589,7 @@ def pull_(source: str, name: str | None, base: str | None, message: str, endpoin
 
 
 @partial(verb, group=hub)
-@click.argument("ref")
+@click.argument("ref", type=REF)
 @click.argument("repo", metavar="OWNER/REPO")
 @click.option("--private", is_flag=True, help="Make it private, and refuse one that is there and is not.")
 @click.option("--revision", metavar="BRANCH", help="Default: main. A branch that is not there is made.")
@@ -604,6 +606,13 @@ def push_(ref: str, repo: str, private: bool, revision: str | None, endpoint: st
         folder = registry.fetch(version.digest, Path(temporary) / "files")
         url = push_to_hub(folder, version, target.repo_id, private=private, revision=revision, endpoint=endpoint)
     click.echo(f"{version} is {url}")
+
+
+@cli.command()
+@click.argument("shell", type=click.Choice(SHELLS))
+def completion(shell: str) -> None:
+    """Print what teaches a shell to complete verbs, options, names, versions and aliases."""
+    click.echo(script(shell))
 
 
 @cli.group()

@@ -35,11 +35,17 @@ T = TypeVar("T")
 class RemoteRegistry:
     """A registry behind a URL. Safe for many threads. `token` defaults to LORAPLEX_REGISTRY_TOKEN."""
 
-    def __init__(self, url: str, token: str | None = None, limits: Limits | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        token: str | None = None,
+        limits: Limits | None = None,
+        timeout: httpx.Timeout | float = TIMEOUT_SECONDS,
+    ) -> None:
         self.url, self.limits = url.rstrip("/"), limits or Limits()
         token = token or os.environ.get("LORAPLEX_REGISTRY_TOKEN")
         headers = {"Authorization": f"Bearer {token}"} if token else {}
-        self._http = httpx.Client(base_url=self.url, headers=headers, timeout=TIMEOUT_SECONDS)
+        self._http = httpx.Client(base_url=self.url, headers=headers, timeout=timeout)
 
     def close(self) -> None:
         self._http.close()
