@@ -6,6 +6,7 @@ server reads no path that a caller names; it checks the adapter against the desc
 
 import hmac
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,18 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.routing import Route
+from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from . import errors
 from .base import BaseDescription
+from .bodies import GC, NAMED, PROMOTE, PUBLISH, ROLLBACK, TAG
 from .card import CARD
 from .errors import RegistryError
 from .hub_protocol import asked_range, hub_routes, refusal, speaks
 from .hub_upload import upload_routes
 from .manifest import FileEntry
+from .openapi import document
 from .pages import PAGE, Listing, Page
 from .reference import Reference, check_digest, check_name, parse_alias
 from .registry import Registry, writing
@@ -72,6 +75,7 @@ def create_app(
         routes=[
             Route("/health", health),
             Route("/ready", ready),
+            Route("/v1/openapi.json", openapi),
             Route("/v1/adapters", list_adapters),
             Route("/v1/adapters/{name:path}/versions", list_versions),
             Route("/v1/adapters/{name:path}/versions", push, methods=["POST"]),
@@ -146,6 +150,10 @@ async def health(_request: Request) -> Response:
 def ready(request: Request) -> Response:
     _registry(request).aliases()
     return JSONResponse({"status": "ready"})
+
+
+def openapi(_request: Request) -> Response:
+    return JSONResponse(document(tuple(STATUSES.items()), version("loraplex")))
 
 
 def list_adapters(request: Request) -> Response:
@@ -259,7 +267,7 @@ def _publish(registry: Registry, name: str, proposal: Proposal, who: str) -> Ver
 
 async def publish(request: Request) -> Response:
     name = check_name(request.path_params["name"])
-    body = _fields(await _json(request), {}, {"base": dict, "message": str})
+    body = PUBLISH.read(await _json(request))
     base = load(BaseDescription, body["base"]) if "base" in body else request.app.state.bases
     registry, message, who = _registry(request), body.get("message", ""), _who(request)
     version = await run_sync(lambda: registry.publish_draft(name, base=base, message=message, who=who))
@@ -267,15 +275,15 @@ async def publish(request: Request) -> Response:
 
 
 async def promote(request: Request) -> Response:
-    body = _fields(await _json(request), {"ref": str, "to": str}, {"reason": str, "require": list})
-    registry, require = _registry(request), _strings(body, "require")
+    body = PROMOTE.read(await _json(request))
+    registry, require = _registry(request), body.get("require", [])
     reason, who = body.get("reason", ""), _who(request)
     move = await run_sync(lambda: registry.promote(body["ref"], body["to"], reason, require=require, who=who))
     return JSONResponse(dump(AliasMove, move))
 
 
 async def rollback(request: Request) -> Response:
-    body = _fields(await _json(request), {"ref": str}, {"to": int, "reason": str})
+    body = ROLLBACK.read(await _json(request))
     registry, (name, _) = _registry(request), parse_alias(body["ref"])
     if "to" in body:
         Reference.parse(f"{name}:{body['to']}")  # a number that no version has is told before SQLite sees it
@@ -286,14 +294,14 @@ async def rollback(request: Request) -> Response:
 
 
 async def unalias(request: Request) -> Response:
-    body, who = _fields(await _json(request), {"ref": str}, {"reason": str}), _who(request)
+    body, who = NAMED.read(await _json(request)), _who(request)
     registry, reason = _registry(request), body.get("reason", "")
     return JSONResponse(dump(AliasMove, await run_sync(lambda: registry.remove_alias(body["ref"], reason, who=who))))
 
 
 async def tag(request: Request) -> Response:
-    body = _fields(await _json(request), {"ref": str}, {"add": list, "remove": list})
-    registry, add, remove = _registry(request), *(_strings(body, key) for key in ("add", "remove"))
+    body = TAG.read(await _json(request))
+    registry, add, remove = _registry(request), body.get("add", []), body.get("remove", [])
     version = await run_sync(lambda: registry.tag(body["ref"], add, remove, who=_who(request)))
     return JSONResponse(dump(Version, version))
 
@@ -307,13 +315,13 @@ async def restore(request: Request) -> Response:
 
 
 async def _deletion(request: Request, act: Callable[..., Deletion]) -> Response:
-    body, who = _fields(await _json(request), {"ref": str}, {"reason": str}), _who(request)
+    body, who = NAMED.read(await _json(request)), _who(request)
     note = await run_sync(lambda: act(body["ref"], body.get("reason", ""), who=who))
     return JSONResponse(dump(Deletion, note))
 
 
 async def gc(request: Request) -> Response:
-    options = _fields(await _json(request), {}, {"grace_seconds": int, "keep": int, "dry_run": bool})
+    options = GC.read(await _json(request))
     registry, who = _registry(request), _who(request)
     return JSONResponse(dump(Collected, await run_sync(lambda: registry.gc(**options, who=who))))
 
@@ -330,7 +338,11 @@ def on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     message = f"{request.method} {request.url.path}: {error.detail}"
     body = {"message": message, "type": "invalid_request_error", "param": None, "code": "invalid_request"}
-    return JSONResponse({"error": body}, status_code=error.status_code, headers=error.headers)
+    headers = dict(error.headers or {})
+    if error.status_code == 405:  # Starlette tells the methods of the first route with this path alone
+        same = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]
+        headers["Allow"] = ", ".join(sorted({method for route in same for method in route.methods}))
+    return JSONResponse({"error": body}, status_code=error.status_code, headers=headers)
 
 
 def on_disconnect(_request: Request, _error: Exception) -> Response:
@@ -348,14 +360,6 @@ def error_response(error: RegistryError, path: str) -> Response:
     return JSONResponse(dump_error(error, kind), status_code=status, headers=headers)
 
 
-def _strings(body: dict[str, Any], key: str) -> list[str]:
-    found = body.get(key, [])
-    for one in found:
-        if not isinstance(one, str):
-            raise errors.InvalidRequest(f"field '{key}' holds {one!r}, expected strings", key)
-    return found
-
-
 def _registry(request: Request) -> Registry:
     return request.app.state.registry
 
@@ -366,10 +370,9 @@ def _who(request: Request) -> str:
 
 def _limit(request: Request, default: int) -> int:
     given = request.query_params.get("limit", str(default))
-    try:
-        return int(given)
-    except ValueError as error:
-        raise errors.InvalidRequest(f"limit is {given!r}, expected a number", "limit") from error
+    if not (given.isascii() and given.isdigit() and len(given) <= 18):
+        raise errors.InvalidRequest(f"limit is {given!r}, expected a number", "limit")
+    return int(given)
 
 
 def _query(request: Request, key: str) -> str:
@@ -389,18 +392,3 @@ async def _json(request: Request) -> Any:
         return from_json(bytes(body))  # unlike json, it refuses half a surrogate pair, which no UTF-8 can carry
     except ValueError as error:
         raise errors.InvalidRequest(f"the body is not JSON: {error}") from error
-
-
-def _fields(body: object, needed: dict[str, type], allowed: dict[str, type]) -> dict[str, Any]:
-    """The body's fields, when it has all that are needed, no unknown one, and each of its type."""
-    if not isinstance(body, dict):
-        raise errors.InvalidRequest("the body is not an object")
-    known = needed | allowed
-    fields = {key: value for key, value in body.items() if value is not None or key not in allowed}
-    for key in [*needed, *fields]:
-        if key not in known:
-            raise errors.InvalidRequest(f"unknown field '{key}', expected {', '.join(known)}", key)
-        if type(fields.get(key)) is not known[key]:
-            message = f"field '{key}' is {fields.get(key)!r}, expected {known[key].__name__}"
-            raise errors.InvalidRequest(message, key)
-    return fields

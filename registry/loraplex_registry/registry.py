@@ -314,7 +314,7 @@ class Registry:
 
     def audit_page(self, name: str | None = None, limit: int = PAGE, cursor: str | None = None) -> Page[Act]:
         """Part of `audit`; the cursor is the `next` of the page before."""
-        page = self._finder.audit(name and check_name(name), limit, cursor)
+        page = self._finder.audit(None if name is None else check_name(name), limit, cursor)
         if name and not page.data and not cursor:
             self.catalog.versions(name)  # which says what is wrong with the name
         return page
@@ -384,7 +384,7 @@ class Registry:
         """Hash every file of one version, or of all, and name each fault with each version it harms."""
         known: dict[FileEntry, str | None] = {}  # a file that many versions share is hashed once
         found = []
-        for version in [self.resolve(ref)] if ref else self.catalog.all():
+        for version in [self.resolve(ref)] if ref is not None else self.catalog.all():
             if what := self.store.fault(FileEntry(MANIFEST, version.digest.removeprefix("sha256:"), 0)):
                 found.append(Fault(str(version), MANIFEST, what))
                 continue

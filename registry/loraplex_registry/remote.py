@@ -165,7 +165,7 @@ class RemoteRegistry:
 
     def verify(self, ref: str | Reference | None = None) -> "list[Fault]":
         """As Registry.verify; the server hashes, so it may take as long as it takes."""
-        params = {"ref": str(ref)} if ref else {}
+        params = {} if ref is None else {"ref": str(ref)}
         return _load(_Faults, self._ask("GET", "/v1/verify", params=params, timeout=None, key="data"))
 
     def gc(self, grace_seconds: int = GRACE_SECONDS, keep: int | None = None, dry_run: bool = False) -> Collected:

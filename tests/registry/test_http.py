@@ -67,6 +67,8 @@ def upload(http, folder):
         ("/v1/adapters?cursor=WyJsaXN0IiwgMV0", 400, "invalid_request", "cursor"),
         ("/v1/adapters?limit=1001", 400, "invalid_request", "limit"),
         ("/v1/adapters/none/versions?cursor=x", 400, "invalid_request", "cursor"),
+        ("/v1/audit?name=", 400, "invalid_reference", None),
+        ("/v1/verify?ref=", 400, "invalid_reference", None),
         ("/v1/audit?limit=0", 400, "invalid_request", "limit"),
         ("/v1/adapters/none/versions", 404, "adapter_not_found", "ref"),
         ("/v1/history?ref=none", 400, "invalid_reference", None),
@@ -141,6 +143,11 @@ def test_health_and_ready(http):
     assert http.get("/health").json() == {"status": "ok"}
     assert http.get("/ready").json() == {"status": "ready"}
     assert http.post("/health").status_code == 405
+
+
+def test_a_wrong_method_is_told_the_right_ones(http):
+    assert http.delete(f"/v1/blobs/{sha(b'x')}").headers["allow"] == "GET, HEAD, PUT"
+    assert http.put("/v1/adapters/a/versions").headers["allow"] == "GET, HEAD, POST"
 
 
 def test_pages_are_linked(http, local, base, tmp_path):
