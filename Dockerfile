@@ -21,7 +21,7 @@ COPY constraints.txt /
 COPY --from=wheel /wheels /wheels
 RUN --mount=type=cache,target=/root/.cache/pip \
     python -m venv /opt/loraplex \
-    && /opt/loraplex/bin/pip install --constraint /constraints.txt /wheels/loraplex-*.whl
+    && /opt/loraplex/bin/pip install --constraint /constraints.txt "$(echo /wheels/loraplex-*.whl)[signing]"
 
 FROM registry-environment AS server-environment
 # Empty: PyPI's torch, which runs on CUDA and on the CPU. https://download.pytorch.org/whl/cpu is 2 GB smaller.
@@ -31,7 +31,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
       /opt/loraplex/bin/pip install --constraint /constraints.txt --index-url "${TORCH_INDEX}" torch; \
     fi \
     && wheel="$(echo /wheels/loraplex-*.whl)" \
-    && /opt/loraplex/bin/pip install --constraint /constraints.txt "${wheel}[serve]"
+    && /opt/loraplex/bin/pip install --constraint /constraints.txt "${wheel}[serve,signing]"
 # The kernels for CPUs with AMX, left beside their sources; the compiler stays behind in this stage. The machine that
 # builds needs no AMX, and on another architecture than x86-64 there are none. Any gcc from 11 on will do.
 # hadolint ignore=DL3008

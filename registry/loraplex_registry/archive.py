@@ -21,6 +21,7 @@ from .places import sync_folder
 from .reference import check_digest, check_name
 from .registry import MANIFEST, Registry, base_ref, find_base
 from .remote import RemoteRegistry
+from .signing import holds
 from .validate import Limits, check_adapter
 from .version import Version
 from .wire import dump, load
@@ -33,6 +34,14 @@ AnyRegistry = Registry | RemoteRegistry
 
 
 @dataclass(frozen=True)
+class SignatureEntry:
+    """One signature of a version: public key and signature, as base64."""
+
+    key: str
+    signature: str
+
+
+@dataclass(frozen=True)
 class Entry:
     """One version, as the index names it."""
 
@@ -40,6 +49,7 @@ class Entry:
     number: int
     digest: str
     message: str
+    signatures: tuple[SignatureEntry, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -61,7 +71,7 @@ def export_versions(
         raise FileExistsError(f"'{file}' is there already; name a new file")
     found = {(version.name, version.number): version for version in map(registry.resolve, refs)}
     versions = [found[key] for key in sorted(found)]
-    index = Index(FORMAT, tuple(Entry(v.name, v.number, v.digest, v.message) for v in versions))
+    index = Index(FORMAT, tuple(_entry(registry, version) for version in versions))
     with tempfile.TemporaryDirectory(dir=file.absolute().parent, prefix=f".{file.name}.") as temporary:
         partial = Path(temporary) / "tar"
         with partial.open("xb") as stream:
@@ -87,7 +97,8 @@ def import_versions(
     """Push what a file holds, in the order of its versions' numbers; each as soon as it was pushed.
 
     ``name`` is the name to keep them under, if they are of one. Every version gets the digest that it had, or is
-    refused; it gets the next number of its name. Aliases are not moved. Raises InvalidArchive, and what push raises.
+    refused; it gets the next number of its name. Signatures come along, aliases are not moved. Raises InvalidArchive,
+    and what push raises.
     """
     with tempfile.TemporaryDirectory() as temporary:
         blobs = Path(temporary) / "blobs"
@@ -109,9 +120,21 @@ def import_versions(
             description = replace(description, id=manifest.base.id, revision=manifest.base.revision, fingerprint=own)
             checked = check_adapter(folder, description, registry.limits)
             digest = Manifest(checked.files, base_ref(checked, description), checked.config).digest
+            for one in entry.signatures:  # before there is a version: a forged one is not half imported
+                if not holds(entry.digest, one.key, one.signature):
+                    raise InvalidArchive(f"'{file}': a signature of {entry.name}:{entry.number} is not its key's")
             if digest != entry.digest:
                 raise InvalidArchive(f"'{file}': {entry.name}:{entry.number} would become {digest}, not {entry.digest}")
-            yield registry.push(check_name(name or entry.name), folder, base=description, message=entry.message)
+            version = registry.push(check_name(name or entry.name), folder, base=description, message=entry.message)
+            for one in entry.signatures:
+                registry.signatures.add(version.digest, one.key, one.signature)
+            yield version
+
+
+def _entry(registry: AnyRegistry, version: Version) -> Entry:
+    signed = [SignatureEntry(one.key, one.signature) for one in registry.signatures.of(version.digest)]
+    by_key = tuple(sorted(signed, key=lambda one: one.key))  # in whichever order they were made
+    return Entry(version.name, version.number, version.digest, version.message, by_key)
 
 
 def _add_version(

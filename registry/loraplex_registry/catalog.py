@@ -48,6 +48,7 @@ from .tables import versions as _versions
 from .version import AliasMove, Deletion, Version, previous_target
 
 PRODUCTION = "production"
+Unmet = Callable[[sa.Connection, Version, str], list[str]]  # what an alias's rule asks and the version does not have
 
 
 class Catalog:
@@ -55,8 +56,8 @@ class Catalog:
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        self.reading = self._read = database.reading
-        self._write = database.writing
+        self._read, self._write = database.reading, database.writing
+        self.reading, self.writing = database.reading, database.writing  # for the files that own other tables
         self.collecting = database.collecting
 
     def close(self) -> None:
@@ -100,12 +101,27 @@ class Catalog:
         with self._read() as db:
             return db.scalar(sa.select(sa.func.max(_moves.c.id))) or 0
 
-    def moves(self, after: int, name: str | None, alias: str | None, limit: int) -> list[AliasMove]:
-        """The ledger's rows after an id, oldest first, at most ``limit``: of a name and an alias, None meaning all."""
+    def moves(self, after: int, name: str | None, alias: str | None, limit: int, prefix: str = "") -> list[AliasMove]:
+        """The ledger's rows after an id, oldest first, at most ``limit``: of a name and an alias, None meaning all.
+
+        Of names that begin with a prefix.
+        """
         wanted = {column: word for column, word in (("name", name), ("alias", alias)) if word}
-        found = sa.select(_moves).where(_moves.c.id > after).filter_by(**wanted).order_by(_moves.c.id).limit(limit)
+        rows = sa.select(_moves).where(_moves.c.id > after, *_begins(_moves.c.name, prefix)).filter_by(**wanted)
+        found = rows.order_by(_moves.c.id).limit(limit)
         with self._read() as db:
             return [_alias_move(row) for row in db.execute(found)]
+
+    def digests(self, prefix: str) -> list[str]:
+        """The digests of all versions, deleted ones too, of names that begin with a prefix."""
+        with self._read() as db:
+            return list(db.scalars(sa.select(_versions.c.digest).where(*_begins(_versions.c.name, prefix)).distinct()))
+
+    def named(self, digest: str) -> list[tuple[str, int]]:
+        """The names and numbers of the versions with a digest that are not deleted."""
+        mine = sa.select(_versions.c.name, _versions.c.number).where(_versions.c.digest == digest, _LIVE)
+        with self._read() as db:
+            return [(name, number) for name, number in db.execute(mine.order_by(_versions.c.name, _versions.c.number))]
 
     # --- acts ---
 
@@ -139,17 +155,23 @@ class Catalog:
         return version
 
     def promote(
-        self, ref: Reference, alias: str, who: str, reason: str, require: Sequence[Comparison] = ()
+        self, ref: Reference, alias: str, who: str, reason: str, require: Sequence[Comparison] = (), *, rule: Unmet
     ) -> AliasMove:
-        """Point an alias at what the reference stands for. Raises NotFound, RequirementNotMet."""
+        """Point an alias at what the reference stands for, if that has what is required, and what the rule asks.
+
+        Raises NotFound, RequirementNotMet.
+        """
         with self._write() as db:
             target = self._resolve(db, ref)
-            if unmet := [_unmet(target, one) for one in require if not one.holds(target)]:
-                raise RequirementNotMet(f"{target.name}@{alias} does not move to {target}: {', '.join(unmet)}")
+            unmet = [refusal for one in require if (refusal := one.refusal(target))]
+            _hold_to([*unmet, *rule(db, target, alias)], target, alias)
             return self._move(db, target.name, alias, target.number, who, reason, "promote")
 
-    def rollback(self, name: str, alias: str, to: int | None, who: str, reason: str) -> AliasMove:
-        """Point an alias at its previous target, or at version `to`. Raises NotFound, NothingToRollBack."""
+    def rollback(self, name: str, alias: str, to: int | None, who: str, reason: str, *, rule: Unmet) -> AliasMove:
+        """Point an alias at its previous target, or at version `to`, of which the rule asks nothing if it was there.
+
+        Raises NotFound, NothingToRollBack, RequirementNotMet.
+        """
         with self._write() as db:
             moves = self._history(db, name, alias)
             target = previous_target(moves) if to is None else to
@@ -157,14 +179,20 @@ class Catalog:
                 raise NothingToRollBack(
                     f"{name}@{alias} has no target before {name}:{moves[-1].to_number}; give --to VERSION"
                 )
-            self._resolve(db, Reference(name, version=target))
+            version = self._resolve(db, Reference(name, version=target))
+            if target not in [move.to_number for move in moves]:
+                _hold_to(rule(db, version, alias), version, alias)
             return self._move(db, name, alias, target, who, reason, "rollback")
 
-    def remove_alias(self, name: str, alias: str, who: str, reason: str) -> AliasMove:
-        """Let an alias point to nothing. Raises UnknownAdapter, UnknownAlias."""
+    def remove_alias(
+        self, name: str, alias: str, who: str, reason: str, *, protects: Callable[[sa.Connection, str, str], bool]
+    ) -> AliasMove:
+        """Let an alias point to nothing. Raises UnknownAdapter, UnknownAlias, RequirementNotMet."""
         with self._write() as db:
             if db.scalar(sa.select(_aliases.c.number).filter_by(name=name, alias=alias)) is None:
                 raise self._not_found(db, Reference(name, alias=alias))
+            if protects(db, name, alias):
+                raise RequirementNotMet(f"{name}@{alias} is not removed: it is protected; unprotect it first")
             return self._move(db, name, alias, None, who, reason, "remove")
 
     def tag(self, ref: Reference, add: Collection[str], remove: Collection[str], who: str) -> Version:
@@ -332,9 +360,10 @@ def _condition(ref: Reference) -> tuple[sa.ColumnElement[bool], ...]:
     return (_versions.c.number == sa.func.coalesce(pointed, newest.correlate(None).scalar_subquery()),)
 
 
-def _unmet(version: Version, required: Comparison) -> str:
-    own = required.of(version)
-    if own is not None:
-        return f"{required} is required, and it has {own:g}"
-    known = ", ".join(version.metrics) or "none"
-    return f"{required} is required, and it has no {required.key} (its metrics are {known})"
+def _hold_to(unmet: list[str], version: Version, alias: str) -> None:
+    if unmet:
+        raise RequirementNotMet(f"{version.name}@{alias} does not move to {version}: {'; '.join(unmet)}")
+
+
+def _begins(column: sa.ColumnElement[Any], prefix: str) -> tuple[sa.ColumnElement[bool], ...]:
+    return (column.startswith(prefix, autoescape=True),) if prefix else ()

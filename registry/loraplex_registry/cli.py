@@ -26,9 +26,11 @@ from .database import upgrade_catalog
 from .diff import Diff, compare
 from .errors import InvalidAdapter, InvalidReference, RegistryError, StoreUnavailable
 from .pages import PAGE_LIMIT, pages, take
+from .rates import Rate
 from .reference import HubReference, Reference, check_name, check_tag, parse_alias
 from .registry import CATALOG, Registry
 from .remote import DATABASE, RemoteRegistry, open_registry
+from .signing import PublicKey, Signature, check_signed
 from .trusted_bases import TrustedBases
 from .version import Act, AliasMove, Dataset, Fault, Lineage, Version
 from .wire import dump
@@ -86,6 +88,14 @@ database_option = click.option(
     "--database", metavar="URL", help="postgresql://…, the catalog's; also LORAPLEX_REGISTRY_DATABASE."
 )
 REF, NAME = ReferenceType(), ReferenceType(bare=True)
+signed_by = click.option(
+    "--signed-by",
+    "key_files",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="PUBFILE",
+    help="Only if this key has signed it; of several, one has to.",
+)
 output_format = click.option("--format", "style", type=click.Choice(["table", "json"]), default="table")
 
 
@@ -239,7 +249,9 @@ def restore(ref: str, reason: str) -> None:
         click.echo(f"restored {registry.restore(ref, reason)}")
 
 
-def _seconds(_ctx: click.Context, option: click.Parameter, value: str) -> int:
+def seconds(_ctx: click.Context, option: click.Parameter, value: str | None) -> int | None:
+    if value is None:
+        return None
     found = re.fullmatch(r"(\d{1,9})([smhd])", value)
     if not found:
         raise click.BadParameter(f"'{value}', expected a number and s, m, h or d, for instance 2h", param=option)
@@ -248,9 +260,7 @@ def _seconds(_ctx: click.Context, option: click.Parameter, value: str) -> int:
 
 @verb
 @click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
-@click.option(
-    "--grace", "grace_seconds", default="2h", callback=_seconds, metavar="TIME", help="Spare what is younger."
-)
+@click.option("--grace", "grace_seconds", default="2h", callback=seconds, metavar="TIME", help="Spare what is younger.")
 @click.option("--keep", type=click.IntRange(1), metavar="N", help="Delete all but the newest N versions of each name.")
 def gc(dry_run: bool, grace_seconds: int, keep: int | None) -> None:
     """Remove the bytes of versions deleted before the grace, and blobs that no version refers to."""
@@ -267,11 +277,13 @@ def gc(dry_run: bool, grace_seconds: int, keep: int | None) -> None:
 @verb
 @click.argument("ref", type=REF)
 @click.argument("folder", metavar="[DIR]", required=False)
-def pull(ref: str, folder: str | None) -> None:
+@signed_by
+def pull(ref: str, folder: str | None, key_files: tuple[Path, ...]) -> None:
     """Write a version's files, proven by their sha256, to DIR (default: ./NAME)."""
+    keys = [PublicKey.read(file) for file in key_files]
     with opened() as registry:
         dest = Path(folder or Reference.parse(ref).name)
-        version = registry.pull(ref, dest)
+        version = registry.pull(ref, dest, signed_by=keys)
     click.echo(f"pulled {version} to {dest} {version.digest}")
 
 
@@ -379,8 +391,11 @@ def show(ref: str, style: str) -> None:
     with opened() as registry:
         version = registry.resolve(ref)
         manifest, card = registry.manifest(version.digest), registry.card(version.digest)
+        signatures = registry.signatures.of(version.digest)
     if style == "json":
-        _print_json({"version": _plain(version), "manifest": json.loads(manifest.canonical()), "card": card})
+        signed = [dump(Signature, one) | {"key_id": one.key_id} for one in signatures]
+        told = {"version": _plain(version), "manifest": json.loads(manifest.canonical()), "card": card}
+        _print_json(told | {"signatures": signed})
         return
     base, template = version.base, version.lineage.template
     table = Table.grid(padding=(0, 2))
@@ -406,6 +421,7 @@ def show(ref: str, style: str) -> None:
         "stop": ", ".join(map(repr, template.stop)) or "the end of the sequence",
         "pushed": f"{_when(version)} by {version.created_by}",
         "message": version.message or "none",
+        "signed": "\n".join(f"{one.key_id} by {one.who}" for one in signatures) or "by nobody",
         "files": "\n".join(f"{file.path}  {decimal(file.bytes)}  sha256:{file.sha256}" for file in manifest.files),
     }.items():
         table.add_row(key, str(value))
@@ -499,17 +515,29 @@ def audit(name: str | None, limit: int, style: str) -> None:
 @verb
 @click.argument("ref", type=REF, required=False)
 @click.option("--all", "everything", is_flag=True, help="Every version; the default without REF.")
+@signed_by
 @output_format
-def verify(ref: str | None, everything: bool, style: str) -> None:
-    """Hash every file of REF, or of all versions. Exit code 1 when one is missing, truncated or altered."""
+def verify(ref: str | None, everything: bool, key_files: tuple[Path, ...], style: str) -> None:
+    """Hash every file of REF, or of all versions. Exit code 1 when one is missing, truncated or altered.
+
+    With --signed-by, REF must also be signed by one of the keys.
+    """
+    if key_files and not ref:
+        raise click.UsageError("--signed-by goes with a REF")
+    keys = [PublicKey.read(file) for file in key_files]
     if ref and everything:
         raise click.UsageError("give REF or --all, not both")
     with opened() as registry:
+        if keys and ref:
+            version = registry.resolve(ref)
+            check_signed(str(version), version.digest, registry.signatures.of(version.digest), keys)
+            ref = str(version)  # what was signed is what is hashed, wherever an alias goes meanwhile
         faults = registry.verify(ref)
     if style == "json":
         _print_json(dump(list[Fault], faults))
     elif not faults:
-        click.echo(f"{ref or 'all versions'}: every file is what its digest says")
+        signed = " and signed as wanted" if keys else ""
+        click.echo(f"{ref or 'all versions'}: every file is what its digest says{signed}")
     else:
         table = _table("version", "file", "fault")
         for fault in faults:
@@ -526,6 +554,7 @@ def verify(ref: str | None, everything: bool, style: str) -> None:
 @click.option("--base", "bases", multiple=True, metavar="BASE", help="ID, PATH or ID=PATH that uploads may belong to.")
 @database_option
 @click.option("--store", metavar="URL", help="s3://bucket/prefix, for the blobs; also LORAPLEX_REGISTRY_STORE.")
+@click.option("--rate-limit", metavar="RATE", help="How often each token or address may ask, as 600/min; default: any.")
 def serve(
     host: str,
     port: int,
@@ -533,23 +562,30 @@ def serve(
     bases: tuple[str, ...],
     database: str | None,
     store: str | None,
+    rate_limit: str | None,
 ) -> None:
-    """Serve the registry over HTTP. Tokens also come from LORAPLEX_REGISTRY_TOKENS, separated by commas."""
+    """Serve the registry over HTTP.
+
+    To the tokens of `registry token create` come those of the file and of LORAPLEX_REGISTRY_TOKENS, between commas;
+    these may do everything.
+    """
     import uvicorn
 
     from .http import create_app
     from .watchers import StreamingServer
 
     tokens, trusted = _read_tokens(token_file), TrustedBases.describe(bases)
+    rate = Rate.parse(rate_limit) if rate_limit else None
     with open_registry(click.get_current_context().obj, database=database, store=store) as registry:
         if not isinstance(registry, Registry):
             raise OneLine(f"serve needs a folder, not {registry.url}")
         listener = _listen(host, port)
         url = f"http://{host}:{listener.getsockname()[1]}"
         click.echo(f"registry {registry.root} at {url}", err=True)
-        if not tokens and host not in ("127.0.0.1", "localhost", "::1"):
+        if not tokens and not registry.tokens.any() and host not in ("127.0.0.1", "localhost", "::1"):
             click.echo("warning: no tokens are set, so everyone who reaches this address may push", err=True)
-        server = StreamingServer(uvicorn.Config(create_app(registry, tokens, trusted), log_level="warning"))
+        app = create_app(registry, tokens, trusted, rate)
+        server = StreamingServer(uvicorn.Config(app, log_level="warning"))
         with suppress(KeyboardInterrupt):  # Ctrl-C is how one ends it
             server.run(sockets=[listener])
 
@@ -781,3 +817,7 @@ def _print(table: Table) -> None:
 
 def _print_json(data: object) -> None:
     click.echo(json.dumps(data, indent=2, ensure_ascii=False))
+
+
+# Last, since the commands of other files hang themselves on `cli`.
+from . import login_commands, protect_commands, sign_commands, token_commands  # noqa: E402, F401

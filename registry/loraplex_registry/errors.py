@@ -7,6 +7,10 @@
     ├── InvalidArchive (ValueError)          a file that is no whole export of a registry
     ├── InvalidQuery (ValueError)            a search that cannot be read
     ├── NothingToRollBack (ValueError)       an alias without an earlier target
+    ├── InvalidKey (ValueError)              a key or a signature that is none
+    ├── NotProtected (ValueError)            an alias without a rule
+    ├── NotApprovable (ValueError)           a version that whoever pushed it would approve
+    ├── NotSigned (ValueError)               a version that lacks a signature that is wanted of it
     ├── RequirementNotMet (ValueError)       a version that lacks what its promotion requires
     ├── VersionInUse (ValueError)            a version that is not deleted, because aliases point to it
     ├── NotDeleted (ValueError)              a version that is not restored, because it is there
@@ -21,6 +25,7 @@
     │   ├── UnknownFile
     │   ├── NoDraft                          a name without files that wait to be published
     │   ├── NoVersion                        a name that has such files, and no version yet
+    │   ├── UnknownToken
     │   └── DeletedVersion                   .version, .who, .at, .purged
     ├── InvalidRequest (ValueError)          an HTTP request that cannot be read; .param
     ├── TooLarge (ValueError)                more bytes than the registry takes
@@ -29,9 +34,12 @@
     ├── CorruptBlob (OSError)                bytes that are missing or are not what their digest says
     ├── FolderNotEmpty (FileExistsError)     a destination that holds something else
     ├── TooManyWatchers (OSError)            a server that takes no more who watch
+    ├── RateLimited (OSError)                more requests than the registry server takes of one; .retry_after_seconds
+    ├── SigningUnavailable (OSError)         signatures are asked for, and cryptography is not installed
     ├── StoreUnavailable (OSError)           a data directory that cannot be used
     └── RemoteError (OSError)                a registry server that cannot be reached or answers nonsense
-        └── Unauthorized (PermissionError)   the registry server wants another token
+        ├── Unauthorized (PermissionError)   the registry server wants another token
+        └── Forbidden (PermissionError)      the token does not allow it
 
 `code` is the word the HTTP face uses for the error; `remote` turns it back into the class.
 """
@@ -75,6 +83,22 @@ class InvalidArchive(RegistryError, ValueError):
 
 class InvalidQuery(RegistryError, ValueError):
     code = "invalid_query"
+
+
+class InvalidKey(RegistryError, ValueError):
+    code = "invalid_key"
+
+
+class NotProtected(RegistryError, ValueError):
+    code = "not_protected"
+
+
+class NotApprovable(RegistryError, ValueError):
+    code = "not_approvable"
+
+
+class NotSigned(RegistryError, ValueError):
+    code = "not_signed"
 
 
 class RequirementNotMet(RegistryError, ValueError):
@@ -174,6 +198,11 @@ class NoVersion(NotFound):
         LookupError.__init__(self, f"'{ref}' has no version yet: its files wait for a tag, or for registry publish")
 
 
+class UnknownToken(NotFound):
+    code = "token_not_found"
+    what = "token"
+
+
 class DeletedVersion(NotFound):
     """`ref` stands for `version`, which `who` deleted `at` a time; `purged`: its files are gone since."""
 
@@ -207,6 +236,20 @@ class TooManyWatchers(RegistryError, OSError):
     code = "too_many_watchers"
 
 
+class RateLimited(RegistryError, OSError):
+    """`limit` is the rate that was passed, as 600/min; `retry_after_seconds` is when one more request is taken."""
+
+    code = "rate_limited"
+
+    def __init__(self, limit: str, retry_after_seconds: int) -> None:
+        self.limit, self.retry_after_seconds = limit, retry_after_seconds
+        super().__init__(f"more than {limit} requests; try again in {retry_after_seconds} s")
+
+
+class SigningUnavailable(RegistryError, OSError):
+    code = "signing_unavailable"
+
+
 class StoreUnavailable(RegistryError, OSError):
     code = "store_unavailable"
 
@@ -217,3 +260,7 @@ class RemoteError(RegistryError, OSError):
 
 class Unauthorized(RemoteError, PermissionError):
     code = "unauthorized"
+
+
+class Forbidden(RemoteError, PermissionError):
+    code = "forbidden"

@@ -12,6 +12,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from .acts import acts
 from .errors import InvalidQuery
 from .pages import PAGE_LIMIT, Listing, Page, check_limit, page_of, read_cursor
 from .query import NUMBERS, SIGNS, Comparison, Field, parse_query, parse_sort
@@ -255,7 +256,10 @@ def _ledgers() -> list[sa.Select]:
         changed.name,
         changed.id.label("row"),
     )
-    return [pushes, moves, deleted, tagged]
+    other = acts.c
+    whose = sa.func.coalesce(other.name, "").label("name")
+    rest = sa.select(other.at, other.who, other.action, other.subject, other.reason, whose, other.id.label("row"))
+    return [pushes, moves, deleted, tagged, rest]
 
 
 def _acts(

@@ -1,10 +1,9 @@
-"""The registry over HTTP: one small route per verb. Owns statuses, tokens and size limits; decides nothing else.
+"""The registry over HTTP: one small route per verb. Owns statuses, needed scopes, size limits; decides nothing else.
 
 A push is a proposal (files by sha256, the base's description): what is missing is uploaded, then proposed again. The
 server reads no path that a caller names; it checks the adapter against the description before a version is made.
 """
 
-import hmac
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -18,20 +17,25 @@ from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Match, Route
-from starlette.types import ASGIApp, Receive, Scope, Send
 
-from . import errors
+from . import bodies, errors
+from .auth import OPEN, Bearer, guard_routes, identity_of, registry_of, require
 from .base import BaseDescription
-from .bodies import GC, NAMED, PROMOTE, PUBLISH, ROLLBACK, TAG
 from .card import CARD
 from .errors import RegistryError
+from .garbage import Marks
 from .hub_protocol import asked_range, hub_routes, refusal, speaks
 from .hub_upload import upload_routes
+from .limited import LimitedRegistry
 from .manifest import FileEntry
 from .openapi import document
 from .pages import PAGE, Listing, Page
+from .protections import Approval, Rule
+from .rates import Buckets, Rate
 from .reference import Reference, check_digest, check_name, parse_alias
 from .registry import Registry, writing
+from .signing import Signature
+from .tokens import ADMIN, PROMOTE, PUSH, READ, Identity, NewToken, Token
 from .trusted_bases import TrustedBases
 from .uploads import Upload, forget, gather
 from .version import Act, AliasMove, Collected, Deletion, Fault, Version
@@ -39,38 +43,106 @@ from .watchers import Watchers, watch
 from .wire import Proposal, dump, dump_error, load
 
 BODY_BYTES = 32 << 20  # a proposal carries the names and shapes of a base's tensors
-OPEN_PATHS = ("/health", "/ready")
+SCOPES = {  # what a token needs for each route; one that is not here cannot be served
+    "GET /health": OPEN,
+    "GET /ready": OPEN,
+    "GET /v1/adapters": READ,
+    "GET /v1/adapters/{name:path}/versions": READ,
+    "POST /v1/adapters/{name:path}/versions": PUSH,
+    "POST /v1/adapters/{name:path}/publish": PUSH,
+    "GET /v1/openapi.json": READ,
+    "GET /v1/aliases": READ,
+    "GET /v1/card": READ,
+    "POST /v1/tag": PUSH,
+    "POST /v1/unalias": PROMOTE,
+    "GET /v1/search": READ,
+    "GET /v1/resolve": READ,
+    "GET /v1/history": READ,
+    "GET /v1/watch": READ,
+    "GET /v1/audit": READ,  # of all names: admin
+    "GET /v1/verify": ADMIN,
+    "POST /v1/promote": PROMOTE,
+    "POST /v1/rollback": PROMOTE,
+    "POST /v1/delete": ADMIN,
+    "POST /v1/restore": PUSH,
+    "POST /v1/gc": ADMIN,
+    "GET /v1/manifests/{digest}": READ,
+    "GET /v1/blobs/{digest}": READ,
+    "PUT /v1/blobs/{digest}": PUSH,
+    "GET /v1/signatures": READ,
+    "POST /v1/signatures": PUSH,
+    "GET /v1/protections": READ,
+    "POST /v1/protect": ADMIN,
+    "POST /v1/unprotect": ADMIN,
+    "POST /v1/approve": PROMOTE,
+    "GET /v1/whoami": READ,
+    "GET /v1/tokens": ADMIN,
+    "POST /v1/tokens": ADMIN,
+    "POST /v1/tokens/revoke": ADMIN,
+    "GET /api/whoami-v2": READ,
+    "GET /api/models/{repo:repo}/revision/{revision:path}": READ,
+    "GET /api/models/{repo:repo}/tree/{revision}": READ,
+    "GET /api/models/{repo:repo}/tree/{revision}/{path:path}": READ,
+    "POST /api/models/{repo:repo}/paths-info/{revision:path}": READ,
+    "GET /api/models/{repo:repo}/commits/{revision:path}": READ,
+    "GET /api/models/{repo:repo}/refs": READ,
+    "GET /api/models/{repo:repo}": READ,
+    "GET /{repo:repo}/resolve/{revision}/{path:path}": READ,
+    "POST /api/repos/create": PUSH,
+    "DELETE /api/repos/delete": PUSH,  # of one without versions
+    "POST /api/validate-yaml": READ,
+    "POST /api/models/{repo:repo}/preupload/{revision:path}": PUSH,
+    "POST /api/models/{repo:repo}/commit/{revision:path}": PUSH,
+    "POST /api/models/{repo:repo}/tag/{revision:path}": PUSH,  # a tag that is an alias: promote as well
+    "DELETE /api/models/{repo:repo}/tag/{revision:path}": PROMOTE,
+    "POST /api/models/{repo:repo}/branch/{revision:path}": PUSH,
+    "DELETE /api/models/{repo:repo}/branch/{revision:path}": PUSH,
+}
+OPEN_PATHS = [key.removeprefix("GET ") for key, scope in SCOPES.items() if scope == OPEN]
 STATUSES: dict[type[RegistryError], int] = {
     errors.InvalidReference: 400,
     errors.InvalidRequest: 400,
     errors.InvalidQuery: 400,
     errors.InvalidManifest: 400,
     errors.Unauthorized: 401,
+    errors.Forbidden: 403,
+    errors.InvalidKey: 400,
     errors.NotFound: 404,
     errors.MissingBlobs: 409,
     errors.NothingToRollBack: 409,
     errors.RequirementNotMet: 409,
+    errors.NotSigned: 409,
+    errors.NotProtected: 409,
+    errors.NotApprovable: 409,
     errors.VersionInUse: 409,
     errors.NotDeleted: 409,
     errors.NumberTaken: 409,
     errors.StaleParent: 412,
     errors.TooLarge: 413,
+    errors.RateLimited: 429,
     errors.InvalidAdapter: 422,
     errors.BaseNotFound: 422,
     errors.NotOffered: 422,
     errors.CorruptBlob: 422,
     errors.TooManyWatchers: 503,
+    errors.SigningUnavailable: 503,
     errors.StoreUnavailable: 503,
 }
 
 
 def create_app(
-    registry: Registry, tokens: dict[str, str] | None = None, bases: TrustedBases | None = None
+    registry: Registry,
+    tokens: dict[str, str] | None = None,
+    bases: TrustedBases | None = None,
+    rate: Rate | None = None,
 ) -> Starlette:
-    """The application. `tokens` is token → who holds it; without any, everyone may do everything.
+    """The application. `tokens` is token → who holds it, who may do everything; the catalog may hold more.
 
-    `bases` are what uploads of the Hub's clients are checked against.
+    Without any, everyone may do everything. `bases` are what uploads of the Hub's clients are checked against, and
+    `rate` is how often each of them may ask.
     """
+    guard = {"tokens": registry.tokens, "static": tokens or {}, "buckets": Buckets(rate) if rate else None}
+    guard |= {"open_paths": OPEN_PATHS, "refuse": error_response}
     app = Starlette(
         routes=[
             Route("/health", health),
@@ -98,17 +170,28 @@ def create_app(
             Route("/v1/manifests/{digest}", get_manifest),
             Route("/v1/blobs/{digest}", get_blob),
             Route("/v1/blobs/{digest}", put_blob, methods=["PUT"]),
+            Route("/v1/signatures", list_signatures),
+            Route("/v1/signatures", add_signature, methods=["POST"]),
+            Route("/v1/protections", list_protections),
+            Route("/v1/protect", protect, methods=["POST"]),
+            Route("/v1/unprotect", unprotect, methods=["POST"]),
+            Route("/v1/approve", approve, methods=["POST"]),
+            Route("/v1/whoami", whoami),
+            Route("/v1/tokens", list_tokens),
+            Route("/v1/tokens", create_token, methods=["POST"]),
+            Route("/v1/tokens/revoke", revoke_token, methods=["POST"]),
             *hub_routes(),
             *upload_routes(),
         ],
-        middleware=[Middleware(Bearer, tokens=tokens or {})],
+        middleware=[Middleware(Bearer, **guard)],
         exception_handlers={
             RegistryError: on_registry_error,
             HTTPException: on_http_error,
             ClientDisconnect: on_disconnect,
         },
     )
-    app.state.registry = registry
+    guard_routes(app.routes, SCOPES)
+    app.state.registry, app.state.marks = registry, Marks(registry.manifest)
     app.state.bases = bases or TrustedBases()
     app.state.watchers = Watchers(registry.catalog)
     return app
@@ -120,26 +203,6 @@ def read_tokens(text: str) -> dict[str, str]:
     return {words[-1]: " ".join(words[:-1]) or "http" for words in lines}
 
 
-class Bearer:
-    """Lets a request in when it carries a known token, and notes who holds it. Health and readiness stay open."""
-
-    def __init__(self, app: ASGIApp, tokens: dict[str, str]) -> None:
-        self.app, self.tokens = app, tokens
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not self.tokens or scope["path"] in OPEN_PATHS:
-            await self.app(scope, receive, send)
-            return
-        scheme, _, given = Request(scope).headers.get("authorization", "").partition(" ")
-        holders = [who for token, who in self.tokens.items() if hmac.compare_digest(token.encode(), given.encode())]
-        if scheme.lower() != "bearer" or not holders:
-            wanted = errors.Unauthorized("a bearer token that this registry knows is needed")
-            await error_response(wanted, scope["path"])(scope, receive, send)
-            return
-        scope.setdefault("state", {})["who"] = holders[0]
-        await self.app(scope, receive, send)
-
-
 # --- reading: plain functions, which Starlette runs in worker threads ---
 
 
@@ -148,7 +211,7 @@ async def health(_request: Request) -> Response:
 
 
 def ready(request: Request) -> Response:
-    _registry(request).aliases()
+    request.app.state.registry.aliases()
     return JSONResponse({"status": "ready"})
 
 
@@ -176,6 +239,8 @@ def search(request: Request) -> Response:
 
 def audit(request: Request) -> Response:
     name = request.query_params.get("name")
+    if not name:
+        require(request, ADMIN)
     return _paged(request, Page[Act], lambda *page: _registry(request).audit_page(name, *page))
 
 
@@ -220,6 +285,8 @@ def get_blob(request: Request) -> Response:
     """The file as it lies, or one range of it; the client proves it by its digest, which is its name."""
     digest, store = check_digest(request.path_params["digest"]), _registry(request).store
     sha256, etag = digest.removeprefix("sha256:"), f'"{digest}"'
+    if not _may_use(request)(sha256):
+        raise errors.UnknownDigest(digest)
     try:
         total_bytes = store.place.size(sha256)
     except FileNotFoundError:
@@ -237,6 +304,23 @@ def get_blob(request: Request) -> Response:
     return StreamingResponse(store.unproven(sha256, start, stop), status, headers, media_type)
 
 
+def list_signatures(request: Request) -> Response:
+    found = _registry(request).signatures.of(_query(request, "digest"))
+    return JSONResponse({"data": dump(list[Signature], found)})
+
+
+def list_protections(request: Request) -> Response:
+    return JSONResponse({"data": dump(list[Rule], _registry(request).protections.list())})
+
+
+def whoami(request: Request) -> Response:
+    return JSONResponse(dump(Identity, identity_of(request)))
+
+
+def list_tokens(request: Request) -> Response:
+    return JSONResponse({"data": dump(list[Token], _registry(request).tokens.list())})
+
+
 # --- writing ---
 
 
@@ -252,22 +336,24 @@ async def put_blob(request: Request) -> Response:
 async def push(request: Request) -> Response:
     name = check_name(request.path_params["name"])
     proposal = load(Proposal, await _json(request))
-    version = await run_sync(_publish, _registry(request), name, proposal, _who(request))
+    version = await run_sync(_publish, request, name, proposal)
     return JSONResponse(dump(Version, version), status_code=201 if version.pushed else 200)
 
 
-def _publish(registry: Registry, name: str, proposal: Proposal, who: str) -> Version:
-    def fill(folder: Path) -> tuple[FileEntry, ...]:
-        return gather(registry.store, proposal.files, folder)
+def _publish(request: Request, name: str, proposal: Proposal) -> Version:
+    registry = _registry(request)
 
-    version = registry.publish(name, fill, proposal.base, message=proposal.message, who=who)
+    def fill(folder: Path) -> tuple[FileEntry, ...]:
+        return gather(registry.store, proposal.files, folder, _may_use(request))
+
+    version = registry.publish(name, fill, proposal.base, message=proposal.message, who=_who(request))
     forget(registry.store, proposal.files)
     return version
 
 
 async def publish(request: Request) -> Response:
     name = check_name(request.path_params["name"])
-    body = PUBLISH.read(await _json(request))
+    body = bodies.PUBLISH.read(await _json(request))
     base = load(BaseDescription, body["base"]) if "base" in body else request.app.state.bases
     registry, message, who = _registry(request), body.get("message", ""), _who(request)
     version = await run_sync(lambda: registry.publish_draft(name, base=base, message=message, who=who))
@@ -275,7 +361,7 @@ async def publish(request: Request) -> Response:
 
 
 async def promote(request: Request) -> Response:
-    body = PROMOTE.read(await _json(request))
+    body = bodies.PROMOTE.read(await _json(request))
     registry, require = _registry(request), body.get("require", [])
     reason, who = body.get("reason", ""), _who(request)
     move = await run_sync(lambda: registry.promote(body["ref"], body["to"], reason, require=require, who=who))
@@ -283,7 +369,7 @@ async def promote(request: Request) -> Response:
 
 
 async def rollback(request: Request) -> Response:
-    body = ROLLBACK.read(await _json(request))
+    body = bodies.ROLLBACK.read(await _json(request))
     registry, (name, _) = _registry(request), parse_alias(body["ref"])
     if "to" in body:
         Reference.parse(f"{name}:{body['to']}")  # a number that no version has is told before SQLite sees it
@@ -294,13 +380,13 @@ async def rollback(request: Request) -> Response:
 
 
 async def unalias(request: Request) -> Response:
-    body, who = NAMED.read(await _json(request)), _who(request)
+    body, who = bodies.NAMED.read(await _json(request)), _who(request)
     registry, reason = _registry(request), body.get("reason", "")
     return JSONResponse(dump(AliasMove, await run_sync(lambda: registry.remove_alias(body["ref"], reason, who=who))))
 
 
 async def tag(request: Request) -> Response:
-    body = TAG.read(await _json(request))
+    body = bodies.TAG.read(await _json(request))
     registry, add, remove = _registry(request), body.get("add", []), body.get("remove", [])
     version = await run_sync(lambda: registry.tag(body["ref"], add, remove, who=_who(request)))
     return JSONResponse(dump(Version, version))
@@ -315,15 +401,54 @@ async def restore(request: Request) -> Response:
 
 
 async def _deletion(request: Request, act: Callable[..., Deletion]) -> Response:
-    body, who = NAMED.read(await _json(request)), _who(request)
+    body, who = bodies.NAMED.read(await _json(request)), _who(request)
     note = await run_sync(lambda: act(body["ref"], body.get("reason", ""), who=who))
     return JSONResponse(dump(Deletion, note))
 
 
 async def gc(request: Request) -> Response:
-    options = GC.read(await _json(request))
+    options = bodies.GC.read(await _json(request))
     registry, who = _registry(request), _who(request)
     return JSONResponse(dump(Collected, await run_sync(lambda: registry.gc(**options, who=who))))
+
+
+async def add_signature(request: Request) -> Response:
+    body = bodies.SIGNATURE.read(await _json(request))
+    signatures, who = _registry(request).signatures, _who(request)
+    made = await run_sync(lambda: signatures.add(body["digest"], body["key"], body["signature"], who=who))
+    return JSONResponse(dump(Signature, made))
+
+
+async def protect(request: Request) -> Response:
+    body = bodies.PROTECT.read(await _json(request))
+    asks = [body.get(key, []) for key in ("require", "signed_by", "approvers")]
+    protections, who, (name, alias) = _registry(request).protections, _who(request), parse_alias(body["ref"])
+    return JSONResponse(dump(Rule, await run_sync(lambda: protections.protect(name, alias, *asks, who=who))))
+
+
+async def unprotect(request: Request) -> Response:
+    body = bodies.UNPROTECT.read(await _json(request))
+    protections, who, (name, alias) = _registry(request).protections, _who(request), parse_alias(body["ref"])
+    return JSONResponse(dump(Rule, await run_sync(lambda: protections.unprotect(name, alias, who=who))))
+
+
+async def approve(request: Request) -> Response:
+    body = bodies.APPROVE.read(await _json(request))
+    protections, who = _registry(request).protections, _who(request)
+    return JSONResponse(dump(Approval, await run_sync(lambda: protections.approve(body["ref"], body["for"], who=who))))
+
+
+async def create_token(request: Request) -> Response:
+    body = bodies.TOKEN.read(await _json(request))
+    tokens, who = _registry(request).tokens, _who(request)
+    made = await run_sync(lambda: tokens.create(**body, who=who))
+    return JSONResponse(dump(NewToken, made), status_code=201, headers={"Cache-Control": "no-store"})
+
+
+async def revoke_token(request: Request) -> Response:
+    body = bodies.REVOKE.read(await _json(request))
+    tokens, who = _registry(request).tokens, _who(request)
+    return JSONResponse(dump(Token, await run_sync(lambda: tokens.revoke(body["id"], who=who))))
 
 
 # --- requests in, errors out ---
@@ -354,14 +479,23 @@ def error_response(error: RegistryError, path: str) -> Response:
     """The error in the shape that clients of the path read."""
     status = next((status for kind, status in STATUSES.items() if isinstance(error, kind)), 500)
     kind = "authentication_error" if status == 401 else "invalid_request_error" if status < 500 else "server_error"
+    kind = {403: "permission_error", 429: "rate_limit_error"}.get(status, kind)
     headers = {"WWW-Authenticate": "Bearer"} if status == 401 else None
+    if isinstance(error, errors.RateLimited):
+        headers = {"Retry-After": str(error.retry_after_seconds)}
     if speaks(path):
         return refusal(error, status, headers)
     return JSONResponse(dump_error(error, kind), status_code=status, headers=headers)
 
 
-def _registry(request: Request) -> Registry:
-    return request.app.state.registry
+def _registry(request: Request) -> Registry | LimitedRegistry:
+    return registry_of(request)
+
+
+def _may_use(request: Request) -> Callable[[str], bool]:
+    """Whether the one who asks may have, or build on, the blob with a sha256: it could be another name's."""
+    registry = _registry(request)
+    return registry.has_blob if isinstance(registry, LimitedRegistry) else lambda sha256: True
 
 
 def _who(request: Request) -> str:

@@ -20,6 +20,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from .auth import identity_of, registry_of
 from .drafts import Draft
 from .errors import (
     InvalidReference,
@@ -34,9 +35,11 @@ from .errors import (
     UnknownDigest,
     UnknownFile,
 )
+from .limited import LimitedRegistry
 from .manifest import FileEntry, Manifest
 from .reference import Reference, check_name
 from .registry import Registry
+from .tokens import PUSH
 from .version import Version
 
 MAIN = "main"  # the branch of those who name none: what the bare name stands for
@@ -81,7 +84,10 @@ def hub_routes() -> list[Route]:
 
 def whoami(request: Request) -> Response:
     who = getattr(request.state, "who", "http")
-    auth = {"type": "access_token", "accessToken": {"displayName": who, "role": "write"}}
+    auth = {
+        "type": "access_token",
+        "accessToken": {"displayName": who, "role": "write" if identity_of(request).may(PUSH) else "read"},
+    }
     return JSONResponse({"type": "user", "id": who, "name": who, "fullname": who, "orgs": [], "auth": auth})
 
 
@@ -208,7 +214,7 @@ def commit_of(version: Version) -> str:
     return version.digest.removeprefix("sha256:")[:40]
 
 
-def find(registry: Registry, name: str, revision: str) -> Version:
+def find(registry: Registry | LimitedRegistry, name: str, revision: str) -> Version:
     """The version that a revision of a repository stands for now. Raises NoVersion where there are only uploads."""
     try:
         return _version_at(registry, name, revision)
@@ -218,7 +224,7 @@ def find(registry: Registry, name: str, revision: str) -> Version:
         raise
 
 
-def _version_at(registry: Registry, name: str, revision: str) -> Version:
+def _version_at(registry: Registry | LimitedRegistry, name: str, revision: str) -> Version:
     """As `find`, for a name that has versions.
 
     A commit, `main`, a number (`3`), an alias, or a number as a tag (`v3`), in this order: what never moves comes
@@ -307,8 +313,8 @@ def window(chunks: Iterator[bytes], start: int, stop: int) -> Iterator[bytes]:
 # --- the Hub's shapes ---
 
 
-def _registry(request: Request) -> Registry:
-    return request.app.state.registry
+def _registry(request: Request) -> Registry | LimitedRegistry:
+    return registry_of(request)
 
 
 def _find(request: Request) -> tuple[Version, Manifest]:

@@ -16,6 +16,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from .auth import registry_of, require
 from .commit_stream import Commit, CommitReader
 from .drafts import Changes, Tree
 from .errors import (
@@ -28,9 +29,11 @@ from .errors import (
     UnknownAdapter,
 )
 from .hub_protocol import COMMIT, MAIN, NUMBER, commit_of, find
+from .limited import LimitedRegistry
 from .manifest import FileEntry
 from .reference import Reference, check_alias, check_name
 from .registry import MESSAGE_CHARACTERS, Registry, writing
+from .tokens import PROMOTE
 from .trusted_bases import TrustedBases
 from .version import Version
 
@@ -72,7 +75,7 @@ async def create_repo(request: Request) -> Response:
     return JSONResponse({"url": url, "name": name, "id": name})
 
 
-def _create(registry: Registry, name: str, who: str) -> bool:
+def _create(registry: Registry | LimitedRegistry, name: str, who: str) -> bool:
     try:
         registry.versions(name)
     except UnknownAdapter:
@@ -164,7 +167,7 @@ async def _drain(body: AsyncIterator[bytes]) -> None:
             return
 
 
-def _commit(registry: Registry, name: str, reader: CommitReader, who: str) -> str:
+def _commit(registry: Registry | LimitedRegistry, name: str, reader: CommitReader, who: str) -> str:
     said = reader.finish()
     message = "\n".join(filter(None, [said.summary, said.description]))
     if len(message) > MESSAGE_CHARACTERS:
@@ -186,7 +189,7 @@ def _commit(registry: Registry, name: str, reader: CommitReader, who: str) -> st
         return keep(name, changes, lambda: published(registry, name))
 
 
-def _copies(registry: Registry, name: str, said: Commit) -> list[FileEntry]:
+def _copies(registry: Registry | LimitedRegistry, name: str, said: Commit) -> list[FileEntry]:
     """Files that a commit names by their sha256: only those that this repository has already."""
     if not said.copied:
         return []
@@ -199,7 +202,7 @@ def _copies(registry: Registry, name: str, said: Commit) -> list[FileEntry]:
     return [FileEntry(path, sha256, sizes[sha256]) for path, sha256 in said.copied.items()]
 
 
-def published(registry: Registry, name: str) -> Tree:
+def published(registry: Registry | LimitedRegistry, name: str) -> Tree:
     """What `main` is when it is read: what a draft starts from."""
     try:
         version = registry.resolve(Reference(name))
@@ -219,7 +222,7 @@ def _writable(request: Request) -> None:
         raise NotOffered(f"'{revision}' is {version}, which never changes: commit to main")
 
 
-def _known(registry: Registry, name: str) -> str:
+def _known(registry: Registry | LimitedRegistry, name: str) -> str:
     """A name that has a draft or versions. Raises UnknownAdapter."""
     try:
         if registry.drafts.find(check_name(name)) is None:
@@ -249,6 +252,8 @@ async def tag(request: Request) -> Response:
     for key, value in (("tag", word), ("message", message)):
         if not isinstance(value, str):
             raise InvalidRequest(f"{key} is {_short(value)}, expected a string", key)
+    if not NUMBER.fullmatch(str(word)):  # it moves an alias
+        require(request, PROMOTE)
     registry, bases, name = _registry(request), request.app.state.bases, request.path_params["repo"]
     revision = request.path_params["revision"]
     version = await run_sync(lambda: tag_revision(registry, bases, name, revision, str(word), message, _who(request)))
@@ -256,7 +261,13 @@ async def tag(request: Request) -> Response:
 
 
 def tag_revision(
-    registry: Registry, bases: TrustedBases, name: str, revision: str, word: str, message: str, who: str
+    registry: Registry | LimitedRegistry,
+    bases: TrustedBases,
+    name: str,
+    revision: str,
+    word: str,
+    message: str,
+    who: str,
 ) -> Version:
     """Tag a revision, first making a version of the draft where `main` has one.
 
@@ -335,8 +346,8 @@ def _short(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "…"
 
 
-def _registry(request: Request) -> Registry:
-    return request.app.state.registry
+def _registry(request: Request) -> Registry | LimitedRegistry:
+    return registry_of(request)
 
 
 def _who(request: Request) -> str:

@@ -15,7 +15,10 @@ from . import bodies, errors
 from .bodies import Body
 from .errors import RegistryError
 from .pages import PAGE, PAGE_LIMIT, Listing, Page
+from .protections import Approval, Rule
 from .reference import ALIAS_PATTERN, DIGEST_PATTERN, NAME_PATTERN, REFERENCE_PATTERN
+from .signing import Signature
+from .tokens import Identity, NewToken, Token
 from .version import Act, AliasMove, Collected, Deletion, Fault, Version
 from .wire import Proposal
 
@@ -41,6 +44,7 @@ _QUERY: dict[str, dict[str, Any]] = {
     "ref": {"type": "string", "pattern": REFERENCE_PATTERN},
     "alias": {"type": "string", "pattern": f"{NAME_PATTERN[:-1]}@{ALIAS_PATTERN[1:]}"},
     "name": {"type": "string", "pattern": NAME_PATTERN},
+    "digest": {"type": "string", "pattern": DIGEST_PATTERN},
     "limit": {"type": "integer", "minimum": 1, "maximum": PAGE_LIMIT, "default": PAGE},
     "cursor": {"type": "string", "description": "`next` of the page before"},
     "q": {"type": "string", "description": "terms between spaces, as f1>=0.9 base:tiny tag:nlp"},
@@ -57,6 +61,14 @@ _PUSHED: tuple[type[RegistryError], ...] = (
     errors.NotFound,
 )
 _MOVED = (*_NAMES, errors.InvalidRequest, errors.RequirementNotMet, errors.TooLarge)
+_GUARDED: tuple[type[RegistryError], ...] = (
+    *_MOVED,
+    errors.InvalidKey,
+    errors.NotSigned,
+    errors.NotProtected,
+    errors.NotApprovable,
+    errors.SigningUnavailable,
+)
 _ALIASES = {
     "type": "object",
     "properties": {
@@ -130,6 +142,20 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         body=bodies.GC,
         errors=(errors.InvalidRequest, errors.TooLarge, errors.CorruptBlob),
     ),
+    ("GET", "/v1/signatures"): Operation(
+        "Signatures of a version.", _data(list[Signature]), ("digest",), ("digest",), errors=_NAMES
+    ),
+    ("POST", "/v1/signatures"): Operation("Keep a signature.", Signature, body=bodies.SIGNATURE, errors=_GUARDED),
+    ("GET", "/v1/protections"): Operation("The rules of aliases.", _data(list[Rule]), errors=_NAMES),
+    ("POST", "/v1/protect"): Operation("Give an alias a rule.", Rule, body=bodies.PROTECT, errors=_GUARDED),
+    ("POST", "/v1/unprotect"): Operation("Take an alias's rule away.", Rule, body=bodies.UNPROTECT, errors=_GUARDED),
+    ("POST", "/v1/approve"): Operation("Say yes to a version.", Approval, body=bodies.APPROVE, errors=_GUARDED),
+    ("GET", "/v1/whoami"): Operation("Who asks, and what they may.", Identity),
+    ("GET", "/v1/tokens"): Operation("Tokens, without their secrets.", _data(list[Token])),
+    ("POST", "/v1/tokens"): Operation(
+        "Make a token; its secret is told once.", NewToken, body=bodies.TOKEN, errors=_GUARDED, status=(201,)
+    ),
+    ("POST", "/v1/tokens/revoke"): Operation("End a token.", Token, body=bodies.REVOKE, errors=_GUARDED),
     ("GET", "/v1/manifests/{digest}"): Operation(
         "A manifest, byte for byte what its digest is of.",
         {"type": "object"},
@@ -174,7 +200,8 @@ def _operation(path: str, told: Operation, statuses: Statuses, schemas: dict[str
         asked = {"name": name, "in": "query", "required": name in told.needed, "schema": _QUERY[kind or name]}
         parameters.append(asked)
     answers = {str(status): _answer(told.answer, schemas) for status in told.status}
-    raised = {*told.errors, errors.InvalidRequest, errors.Unauthorized, errors.StoreUnavailable}
+    everywhere = (errors.InvalidRequest, errors.Unauthorized, errors.Forbidden, errors.RateLimited)
+    raised = {*told.errors, *everywhere, errors.StoreUnavailable}
     for status in sorted({_status(kind, statuses) for kind in raised} | ({416} if 206 in told.status else set())):
         answers[str(status)] = _answer({"$ref": _TEMPLATE.format(model="Error")}, schemas, "Refused.")
     found: dict[str, Any] = {"summary": told.summary, "parameters": parameters, "responses": answers}

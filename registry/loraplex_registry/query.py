@@ -58,8 +58,16 @@ class Comparison:
         own = self.of(version)
         return own is not None and bool(SIGNS[self.sign](own, self.number))
 
+    def refusal(self, version: Version) -> str | None:
+        """Why it does not hold for the version, in words; None if it does."""
+        own = self.of(version)
+        if own is None:
+            known = ", ".join(version.metrics) or "none"
+            return f"{self} is required, and it has no {self.key} (its metrics are {known})"
+        return None if self.holds(version) else f"{self} is required, and it has {own:.12g}"
+
     def __str__(self) -> str:
-        return f"{self.key}{self.sign}{self.number:g}"
+        return f"{self.key}{self.sign}{self.number:.12g}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,9 +36,13 @@ from .finding import Finder
 from .garbage import GRACE_SECONDS, collect
 from .manifest import BaseRef, FileEntry, Manifest
 from .pages import PAGE, PAGE_LIMIT, Listing, Page, check_limit, take
+from .protections import Protections
 from .query import Comparison
 from .receipt import Receipt
 from .reference import Reference, check_alias, check_digest, check_name, check_tag, parse_alias, parse_version
+from .signatures import Signatures
+from .signing import PublicKey, check_signed
+from .tokens import ADMIN, Identity, Tokens
 from .trusted_bases import TrustedBases
 from .uploads import gather
 from .validate import CheckedAdapter, Limits, adapter_files, check_adapter
@@ -75,6 +79,9 @@ class Registry:
         opened = open_database(self.root / CATALOG, database)
         self.catalog, self.drafts = Catalog(opened), Drafts(opened)
         self._finder = Finder(self.catalog.reading)
+        self.tokens = Tokens(self.catalog, whoami)
+        self.signatures = Signatures(self.catalog, whoami)
+        self.protections = Protections(self.catalog, self.signatures, whoami)
 
     @staticmethod
     def default_root() -> Path:
@@ -92,6 +99,10 @@ class Registry:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def whoami(self) -> Identity:
+        """Who we are here: whoever has the folder may do everything."""
+        return Identity(whoami(), (ADMIN,))
 
     # --- push ---
 
@@ -219,26 +230,29 @@ class Registry:
         """The newest version of each name, by name."""
         return take(self.list_page)
 
-    def list_page(self, limit: int = PAGE, cursor: str | None = None) -> Listing:
+    def list_page(self, limit: int = PAGE, cursor: str | None = None, *, prefix: str = "") -> Listing:
         """Part of `list`, with the aliases of the names in it. Raises InvalidRequest."""
-        return self._finder.newest(limit, cursor)
+        return self._finder.newest(limit, cursor, prefix)
 
     def aliases(self) -> dict[str, dict[str, int]]:
         """Where every alias points: name → alias → version number."""
         return self.catalog.aliases()
 
-    def search(self, query: str = "", sort: str = "-created", limit: int = SEARCH_LIMIT) -> "list[Version]":
+    def search(
+        self, query: str = "", sort: str = "-created", limit: int = SEARCH_LIMIT, *, prefix: str = ""
+    ) -> "list[Version]":
         """The versions for which every term of the query holds (see query.py), at most `limit`.
 
-        `sort` is a key, or `-` and a key for the highest first; versions without it come last. Raises InvalidQuery.
+        `sort` is a key, or `-` and a key for the highest first; versions without it come last. `prefix` is what names
+        begin with. Raises InvalidQuery.
         """
-        return self.search_page(query, sort, limit).data
+        return self.search_page(query, sort, limit, prefix=prefix).data
 
     def search_page(
-        self, query: str = "", sort: str = "-created", limit: int = PAGE, cursor: str | None = None
+        self, query: str = "", sort: str = "-created", limit: int = PAGE, cursor: str | None = None, *, prefix: str = ""
     ) -> Page[Version]:
         """Part of what a search finds; the cursor is the `next` of the page before. Raises InvalidRequest too."""
-        return self._finder.search(query, sort, limit, cursor)
+        return self._finder.search(query, sort, limit, cursor, prefix)
 
     def promote(
         self,
@@ -251,29 +265,34 @@ class Registry:
     ) -> AliasMove:
         """Point the alias `to` at a version and write it in the ledger.
 
-        `require` are comparisons that must hold for the version (`f1>=0.9`); the ledger's reason names them. Raises
-        InvalidReference, InvalidQuery, NotFound, RequirementNotMet.
+        `require` are comparisons that must hold for the version (`f1>=0.9`); the ledger's reason names them. What a
+        protected alias's rule asks must hold too. Raises InvalidReference, InvalidQuery, NotFound, RequirementNotMet.
         """
         required = tuple(map(Comparison.parse, require))
         why = "; ".join(filter(None, [reason, f"required {', '.join(map(str, required))}" if required else ""]))
         with writing(self.root):
-            return self.catalog.promote(_reference(ref), check_alias(to), who or whoami(), why, required)
+            rule = self.protections.unmet
+            return self.catalog.promote(_reference(ref), check_alias(to), who or whoami(), why, required, rule=rule)
 
     def rollback(self, ref: str, to: int | None = None, reason: str = "", *, who: str | None = None) -> AliasMove:
         """Point `name@alias` at its previous target, or at version `to`; the ledger gets a row.
 
-        Raises InvalidReference, NotFound, NothingToRollBack.
+        Raises InvalidReference, NotFound, NothingToRollBack; RequirementNotMet when the alias is protected, `to` was
+        never its target, and the rule does not hold.
         """
         with writing(self.root):
-            return self.catalog.rollback(*parse_alias(ref), to, who or whoami(), reason)
+            rule = self.protections.unmet
+            return self.catalog.rollback(*parse_alias(ref), to, who or whoami(), reason, rule=rule)
 
     def remove_alias(self, ref: str, reason: str = "", *, who: str | None = None) -> AliasMove:
         """Remove `name@alias`: it stands for nothing until it is set again; the ledger gets a row.
 
-        Without `production`, a bare name means the newest version. Raises InvalidReference, NotFound.
+        Without `production`, a bare name means the newest version. Raises InvalidReference, NotFound;
+        RequirementNotMet when the alias is protected.
         """
+        name, alias = parse_alias(ref)
         with writing(self.root):
-            return self.catalog.remove_alias(*parse_alias(ref), who or whoami(), reason)
+            return self.catalog.remove_alias(name, alias, who or whoami(), reason, protects=self.protections.protects)
 
     def tag(
         self, ref: str | Reference, add: Sequence[str] = (), remove: Sequence[str] = (), *, who: str | None = None
@@ -304,17 +323,19 @@ class Registry:
         """The alias's moves, oldest first. Raises UnknownAdapter, UnknownAlias."""
         return self.catalog.history(check_name(name), check_alias(alias))
 
-    def audit(self, name: str | None = None, limit: int = AUDIT_LIMIT) -> "list[Act]":
+    def audit(self, name: str | None = None, limit: int = AUDIT_LIMIT, *, prefix: str = "") -> "list[Act]":
         """What was done to a name's versions and aliases, or to all, newest first, at most `limit`.
 
-        Raises InvalidReference, UnknownAdapter, InvalidRequest.
+        With a `prefix`, to names that begin with it. Raises InvalidReference, UnknownAdapter, InvalidRequest.
         """
         check_limit(limit, AUDIT_LIMIT)
-        return take(lambda size, cursor: self.audit_page(name, size, cursor), limit)
+        return take(lambda size, cursor: self.audit_page(name, size, cursor, prefix=prefix), limit)
 
-    def audit_page(self, name: str | None = None, limit: int = PAGE, cursor: str | None = None) -> Page[Act]:
+    def audit_page(
+        self, name: str | None = None, limit: int = PAGE, cursor: str | None = None, *, prefix: str = ""
+    ) -> Page[Act]:
         """Part of `audit`; the cursor is the `next` of the page before."""
-        page = self._finder.audit(None if name is None else check_name(name), limit, cursor)
+        page = self._finder.audit(None if name is None else check_name(name), limit, cursor, prefix)
         if name and not page.data and not cursor:
             self.catalog.versions(name)  # which says what is wrong with the name
         return page
@@ -347,9 +368,14 @@ class Registry:
         """
         return materialize(self.manifest(digest), Path(into), self.store.chunks)
 
-    def pull(self, ref: str | Reference, dest: str | Path) -> Version:
-        """Resolve once, then fetch that digest. Raises NotFound, CorruptBlob, FolderNotEmpty."""
+    def pull(self, ref: str | Reference, dest: str | Path, *, signed_by: Sequence[PublicKey] = ()) -> Version:
+        """Resolve once, then fetch that digest; if keys are given, only when one of them has signed it.
+
+        Raises NotFound, NotSigned, CorruptBlob, FolderNotEmpty.
+        """
         version = self.resolve(ref)
+        if signed_by:
+            check_signed(str(version), version.digest, self.signatures.of(version.digest), signed_by)
         self.fetch(version.digest, dest)
         return version
 

@@ -15,6 +15,7 @@ import httpx
 from .base import BaseDescription, describe_base
 from .blobs import Progress, materialize, proven, read_chunks, silent
 from .card import card_of
+from .credentials import token_for
 from .errors import CorruptBlob, InvalidRequest, MissingBlobs, RegistryError, RemoteError, UnknownDigest
 from .events import StreamSource
 from .garbage import GRACE_SECONDS
@@ -22,6 +23,11 @@ from .manifest import CHUNK_BYTES, FileEntry, Manifest, sha256_of
 from .pages import PAGE, Listing, Page, check_limit, take
 from .reference import Reference, check_alias, check_digest, check_name, parse_alias, parse_version
 from .registry import AUDIT_LIMIT, MANIFEST, SEARCH_LIMIT, Registry, find_base
+from .remote_protections import RemoteProtections
+from .remote_signatures import RemoteSignatures
+from .remote_tokens import RemoteTokens
+from .signing import PublicKey, check_signed
+from .tokens import Identity
 from .validate import Limits, adapter_files, check_adapter
 from .version import Act, AliasMove, Collected, Deletion, Fault, Version
 from .watch import Watch, ignore
@@ -33,7 +39,10 @@ T = TypeVar("T")
 
 
 class RemoteRegistry:
-    """A registry behind a URL. Safe for many threads. `token` defaults to LORAPLEX_REGISTRY_TOKEN."""
+    """A registry behind a URL. Safe for many threads.
+
+    `token` defaults to LORAPLEX_REGISTRY_TOKEN, then to what `registry login` kept for the URL.
+    """
 
     def __init__(
         self,
@@ -43,8 +52,10 @@ class RemoteRegistry:
         timeout: httpx.Timeout | float = TIMEOUT_SECONDS,
     ) -> None:
         self.url, self.limits = url.rstrip("/"), limits or Limits()
-        token = token or os.environ.get("LORAPLEX_REGISTRY_TOKEN")
+        token = token or token_for(self.url)
         headers = {"Authorization": f"Bearer {token}"} if token else {}
+        self.tokens, self.signatures = RemoteTokens(self._value), RemoteSignatures(self._value)
+        self.protections = RemoteProtections(self._value)
         self._http = httpx.Client(base_url=self.url, headers=headers, timeout=timeout)
 
     def close(self) -> None:
@@ -57,6 +68,10 @@ class RemoteRegistry:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def whoami(self) -> Identity:
+        """Who the server says we are, and what we may."""
+        return self._value(Identity, "GET", "/v1/whoami")
 
     def push(
         self,
@@ -188,8 +203,11 @@ class RemoteRegistry:
         """As Registry.fetch: every file is proven by its sha256 here, all or nothing."""
         return materialize(self.manifest(digest), Path(into), self._chunks)
 
-    def pull(self, ref: str | Reference, dest: str | Path) -> Version:
+    def pull(self, ref: str | Reference, dest: str | Path, *, signed_by: Sequence[PublicKey] = ()) -> Version:
+        """As Registry.pull; signatures are checked here."""
         version = self.resolve(ref)
+        if signed_by:
+            check_signed(str(version), version.digest, self.signatures.of(version.digest), signed_by)
         self.fetch(version.digest, dest)
         return version
 
@@ -215,6 +233,10 @@ class RemoteRegistry:
         if not isinstance(answer, dict) or "data" not in answer:
             raise RemoteError(f"the registry at {self.url} answered GET {route} without 'data'")
         return _load(kind, answer)
+
+    def _value(self, kind: type[T], method: str, route: str, **options: Any) -> T:
+        """A successful answer, as a value of a type."""
+        return _load(kind, self._ask(method, route, **options))
 
     def _ask(self, method: str, route: str, *, key: str | None = None, **options: Any) -> Any:
         """The JSON of a successful answer, or what it holds under `key`."""

@@ -7,10 +7,10 @@ from typing import Any
 import sqlalchemy as sa
 
 from .manifest import BaseRef
+from .schema import METADATA
 from .version import AliasMove, Dataset, Lineage, Template, Version
 
 LONG = sa.Integer().with_variant(sa.BigInteger(), "postgresql")  # SQLite's integers have 64 bits anyway
-METADATA = sa.MetaData()
 versions = sa.Table(
     "versions",
     METADATA,

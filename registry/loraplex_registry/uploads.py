@@ -6,6 +6,7 @@ Knows no HTTP: it is handed chunks. What no version claims is swept with the oth
 import hashlib
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -60,9 +61,12 @@ def arrived(store: BlobStore, sha256: str) -> Path:
     return store.staging / f"upload-{sha256}"
 
 
-def gather(store: BlobStore, files: tuple[FileEntry, ...], folder: Path) -> tuple[FileEntry, ...]:
+def gather(
+    store: BlobStore, files: tuple[FileEntry, ...], folder: Path, may_use: Callable[[str], bool] = lambda sha256: True
+) -> tuple[FileEntry, ...]:
     """Lay out a version's files, from uploads and from blobs that are there already; each is hashed where it lies.
 
+    `may_use` says whether the blob with a sha256 may be built on; others are missing, as if they were not there.
     Raises MissingBlobs naming all that must be uploaded (again), InvalidManifest when paths collide.
     """
     paths = {entry.path for entry in files}
@@ -70,7 +74,7 @@ def gather(store: BlobStore, files: tuple[FileEntry, ...], folder: Path) -> tupl
     if len(paths) != len(files) or paths & parents:
         raise InvalidManifest("two files have the same path")
     folder.mkdir(parents=True)
-    missing = [f"sha256:{entry.sha256}" for entry in files if not _lay(store, entry, folder / entry.path)]
+    missing = [f"sha256:{entry.sha256}" for entry in files if not _lay(store, entry, folder / entry.path, may_use)]
     if missing:
         raise MissingBlobs(missing)
     return files
@@ -82,10 +86,13 @@ def forget(store: BlobStore, files: tuple[FileEntry, ...]) -> None:
         arrived(store, entry.sha256).unlink(missing_ok=True)
 
 
-def _lay(store: BlobStore, entry: FileEntry, target: Path) -> bool:
+def _lay(store: BlobStore, entry: FileEntry, target: Path, may_use: Callable[[str], bool]) -> bool:
     target.parent.mkdir(parents=True, exist_ok=True)
     uploaded = arrived(store, entry.sha256)
-    for lay in (lambda: os.link(uploaded, target), lambda: store.place.lay(entry.sha256, target)):
+    ways = [lambda: os.link(uploaded, target)]
+    if may_use(entry.sha256):
+        ways.append(lambda: store.place.lay(entry.sha256, target))
+    for lay in ways:
         try:
             lay()
         except FileNotFoundError:

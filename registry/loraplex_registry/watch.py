@@ -12,15 +12,19 @@ from typing import Protocol, Self
 
 from .catalog import Catalog
 from .errors import (
+    Forbidden,
     InvalidReference,
     InvalidRequest,
+    RateLimited,
     RegistryError,
     RemoteError,
     StoreUnavailable,
     TooManyWatchers,
     Unauthorized,
+    UnknownAdapter,
 )
 from .reference import Reference
+from .tokens import silent_of_others
 from .version import AliasMove
 
 POLL_SECONDS = 0.2  # one look at the ledger's last row
@@ -99,9 +103,9 @@ class Watch:
             seen, move = next(self._rows)
         except StopIteration:
             self._lost(RemoteError("the registry ended the stream"))
-        except Unauthorized:
+        except (Unauthorized, Forbidden):
             raise
-        except (RemoteError, StoreUnavailable, TooManyWatchers) as error:
+        except (RemoteError, StoreUnavailable, TooManyWatchers, RateLimited) as error:
             self._lost(error)
         else:
             self._reached_at = self._reached_at or monotonic()
@@ -127,12 +131,18 @@ class Watch:
 class LedgerReader:
     """One reader's place in a catalog's ledger, and what it reads there: everything, a name, or one alias of it."""
 
-    def __init__(self, catalog: Catalog, ref: str | None, after: int | None) -> None:
-        """At `after`, or at the ledger's end. Raises InvalidReference, UnknownAdapter, InvalidRequest."""
-        self._catalog = catalog
+    def __init__(self, catalog: Catalog, ref: str | None, after: int | None, prefix: str = "") -> None:
+        """At `after`, or at the ledger's end; of names that begin with a prefix.
+
+        Raises InvalidReference, UnknownAdapter, InvalidRequest.
+        """
+        self._catalog, self._prefix = catalog, prefix
         self._name, self._alias = parse_watched(ref)
+        if self._name and not self._name.startswith(prefix):
+            raise UnknownAdapter(str(ref))
         if self._name:
-            catalog.resolve(Reference(self._name))  # else a mistyped name would be waited for in silence
+            with silent_of_others(prefix):
+                catalog.resolve(Reference(self._name))  # else a mistyped name would be waited for in silence
         last = catalog.last_move()
         if after is not None and not 0 <= after <= last:
             raise InvalidRequest(f"after is {after}, expected 0 to {last}, the id of the ledger's last row", "after")
@@ -143,7 +153,7 @@ class LedgerReader:
         last = self._catalog.last_move()
         if last <= self.after:
             return []
-        moves = self._catalog.moves(self.after, self._name, self._alias, BATCH)
+        moves = self._catalog.moves(self.after, self._name, self._alias, BATCH, self._prefix)
         seen = moves[-1].id if moves else 0
         self.after = seen if len(moves) == BATCH else max(last, seen)  # nothing of ours is left up to `last`
         return moves

@@ -4,7 +4,7 @@ Owns how many may watch, and their end when the server stops. Knows the ledger t
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 
 import uvicorn
@@ -15,8 +15,10 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from . import events
+from .auth import identity_of
 from .catalog import Catalog
 from .errors import InvalidRequest, RegistryError, TooManyWatchers
+from .version import AliasMove
 from .watch import POLL_SECONDS, LedgerReader
 from .wire import dump_error
 
@@ -61,13 +63,18 @@ class Watchers:
         self.ended = True
         self._wake()
 
-    async def stream(self, reader: LedgerReader) -> AsyncIterator[str]:
-        """The events for one who watches, until the server stops or the ledger cannot be read."""
+    async def stream(self, reader: LedgerReader, still_known: Callable[[], None]) -> AsyncIterator[str]:
+        """The events for one who watches, until the server stops, the ledger cannot be read, or the token ends."""
+
+        def read() -> list[AliasMove]:
+            still_known()  # before the read: a move that comes after the token's end is not told
+            return reader.read()
+
         yield events.write_start(reader.after)
         while not self.ended:
             moved = self._moved  # before the read: a wake that comes after it is not missed
             try:
-                moves = await run_sync(reader.read, limiter=self._threads)
+                moves = await run_sync(read, limiter=self._threads)
             except RegistryError as error:
                 yield events.write_error(dump_error(error, "server_error"))
                 return
@@ -103,8 +110,8 @@ class MoveStream(StreamingResponse):
 
     media_type = "text/event-stream"
 
-    def __init__(self, watchers: Watchers, reader: LedgerReader) -> None:
-        super().__init__(watchers.stream(reader), headers=HEADERS)
+    def __init__(self, watchers: Watchers, reader: LedgerReader, still_known: Callable[[], None]) -> None:
+        super().__init__(watchers.stream(reader, still_known), headers=HEADERS)
         self._watchers = watchers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -116,10 +123,11 @@ async def watch(request: Request) -> Response:
     """`GET /v1/watch`: the route."""
     watchers: Watchers = request.app.state.watchers
     after = _after(request)
-    reader = await run_sync(LedgerReader, watchers.catalog, request.query_params.get("ref"), after)
+    prefix = identity_of(request).prefix
+    reader = await run_sync(LedgerReader, watchers.catalog, request.query_params.get("ref"), after, prefix)
     if request.method == "HEAD":  # its body would be waited for without end
         return Response(media_type=MoveStream.media_type, headers=HEADERS)
-    return MoveStream(watchers, reader)
+    return MoveStream(watchers, reader, request.state.still_known)
 
 
 def _after(request: Request) -> int | None:

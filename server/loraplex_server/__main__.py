@@ -10,6 +10,7 @@ from typing import Any
 import click
 from starlette.applications import Starlette
 
+from loraplex_registry.signing import PublicKey
 from loraplex_server.config import ServerConfig, read_adapter_weights, read_api_keys
 from loraplex_server.engine.config import EngineConfig
 
@@ -49,6 +50,12 @@ def _option(name: str, default: Any = None, **more: Any) -> Any:
 @_option("--lean", is_flag=True, help="On a CPU without AMX, keep 4-bit weights once, not twice; slow with many rows.")
 @_option("--no-kernels", is_flag=True, help="Compute by torch, bitsandbytes and peft alone, which is slower.")
 @_option("--no-cuda-graphs", is_flag=True, help="On a CUDA device, run every step eagerly.")
+@_option(
+    "--require-signature",
+    multiple=True,
+    metavar="PUBFILE",
+    help="Serve only what this key signed; repeatable.",
+)
 @_option("--api-key-file", type=click.Path(path_type=Path), help="Accepted bearer keys, one a line.")
 @click.version_option(package_name="loraplex", prog_name="loraplex")
 def serve(**options: Any) -> None:
@@ -113,7 +120,11 @@ def _config(options: dict[str, Any]) -> ServerConfig:
     )  # fmt: skip
     weights = read_adapter_weights(options["adapter_weight"])
     return ServerConfig(
-        **{name: options[name] for name in named}, api_keys=keys, adapter_weights=weights, engine=engine
+        **{name: options[name] for name in named},
+        api_keys=keys,
+        signed_by=tuple(PublicKey.read(Path(file)) for file in options["require_signature"]),
+        adapter_weights=weights,
+        engine=engine,
     )
 
 

@@ -40,7 +40,7 @@ def create_app(config: ServerConfig, base: Base | None = None) -> Starlette:
         build={"base": base.id, "quantization": base.quantization, "device": base.device.type},
     )
     wake = threading.Event()
-    fetch = folders(registry, base.description)
+    fetch = folders(registry, base.description, config.signed_by)
     loop = EngineLoop(Engine(base, config.engine, fetch, metrics, wake.set), wake)
     service = Service(loop, registry, metrics, config.adapter_weights, config.request_timeout)
     door = Door()

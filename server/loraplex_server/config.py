@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from math import inf
 from pathlib import Path
 
+from loraplex_registry.signing import PublicKey
 from loraplex_server.engine.config import EngineConfig
 
 
@@ -21,6 +22,7 @@ class ServerConfig:
     host: str = "127.0.0.1"
     port: int = 8000
     api_keys: tuple[str, ...] = field(default=(), repr=False)
+    signed_by: tuple[PublicKey, ...] = ()  # an adapter has to be signed by one of these keys; none: by nobody
     max_body_bytes: int = 4 << 20
     request_timeout: float = 0  # seconds a completion may take, its time in the queue included; 0: no limit
     drain_seconds: int = 120  # what runs when the server is told to stop has so long to finish

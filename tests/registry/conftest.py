@@ -32,6 +32,7 @@ HIDDEN, INNER, VOCAB, LAYERS = 8, 16, 32, 2
 def own_folders(tmp_path, monkeypatch):
     """No test reads or writes the user's folders, nor the network."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     monkeypatch.setenv("LORAPLEX_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.delenv("LORAPLEX_REGISTRY", raising=False)

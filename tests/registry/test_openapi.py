@@ -79,7 +79,16 @@ def test_answers_are_as_told(local):
         ("POST", "/v1/unalias", {}, {"json": {"ref": "quotes-tagger@production"}}),
         ("POST", "/v1/gc", {}, {"json": {"dry_run": True}}),
     ]
-    elsewhere = {"/v1/adapters/{name}/publish", "/v1/watch"}  # needs a draft; has no end
+    asked += [
+        ("GET", "/v1/signatures", {}, {"params": {"digest": digest}}),
+        ("POST", "/v1/protect", {}, {"json": {"ref": "quotes-tagger@production", "require": ["rank<=8"]}}),
+        ("GET", "/v1/protections", {}, {}),
+        ("POST", "/v1/unprotect", {}, {"json": {"ref": "quotes-tagger@production"}}),
+        ("GET", "/v1/whoami", {}, {}),
+        ("GET", "/v1/tokens", {}, {}),
+    ]
+    # These need a draft, an approver or a first token, or have no end.
+    elsewhere = {"/v1/adapters/{name}/publish", "/v1/watch", "/v1/approve", "/v1/tokens/revoke"}
     assert {path for _, path, *_ in asked} == {path for _, path in OPERATIONS} - elsewhere
     with served(local) as url:
         told = schemathesis.openapi.from_url(f"{url}/v1/openapi.json")

@@ -1,16 +1,17 @@
-"""Schema 4: every long answer is found through an index, and metrics can be searched and sorted by."""
+"""Schema 7: every long answer is found through an index, and metrics can be searched and sorted by."""
 
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0004"
-down_revision = "0003"
+revision = "0007"
+down_revision = "0006"
 
 
 def upgrade() -> None:
     op.create_index("versions_by_time", "versions", ["created_at", "name", "number"])
     op.create_index("alias_moves_by_time", "alias_moves", ["at", "id"])
     op.create_index("deletions_by_time", "deletions", ["at", "id"])
+    op.create_index("acts_by_time", "acts", ["at", "id"])
     metrics = op.create_table(
         "metrics",
         sa.Column("name", sa.Text, primary_key=True),

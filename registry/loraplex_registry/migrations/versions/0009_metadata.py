@@ -1,12 +1,12 @@
-"""Schema 6: what a version is about (card, datasets, run, template), and tags that people put on it and take off."""
+"""Schema 9: what a version is about (card, datasets, run, template), and tags that people put on it and take off."""
 
 import sqlalchemy as sa
 from alembic import op
 
 from loraplex_registry.ledgers import only_grows
 
-revision = "0006"
-down_revision = "0005"
+revision = "0009"
+down_revision = "0008"
 
 
 def upgrade() -> None:

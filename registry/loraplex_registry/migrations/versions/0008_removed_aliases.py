@@ -1,12 +1,12 @@
-"""Schema 5: an alias can be removed, which its ledger says by a move to nothing."""
+"""Schema 8: an alias can be removed, which its ledger says by a move to nothing."""
 
 import sqlalchemy as sa
 from alembic import op
 
 from loraplex_registry.ledgers import only_grows
 
-revision = "0005"
-down_revision = "0004"
+revision = "0008"
+down_revision = "0007"
 
 
 def upgrade() -> None:
