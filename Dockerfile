@@ -21,7 +21,8 @@ COPY constraints.txt /
 COPY --from=wheel /wheels /wheels
 RUN --mount=type=cache,target=/root/.cache/pip \
     python -m venv /opt/loraplex \
-    && /opt/loraplex/bin/pip install --constraint /constraints.txt "$(echo /wheels/loraplex-*.whl)[signing]"
+    && wheel="$(echo /wheels/loraplex-*.whl)" \
+    && /opt/loraplex/bin/pip install --constraint /constraints.txt "${wheel}[postgres,object-store,signing]"
 
 FROM registry-environment AS server-environment
 # Empty: PyPI's torch, which runs on CUDA and on the CPU. https://download.pytorch.org/whl/cpu is 2 GB smaller.

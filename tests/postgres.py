@@ -10,7 +10,7 @@ import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -19,6 +19,7 @@ import psycopg
 from psycopg import sql
 
 APT = "apt-get install -y postgresql"
+PREFIX = "loraplex-postgres-"
 # A cluster of tests is thrown away: nothing is flushed, and 200 connections suffice for 50 processes.
 SETTINGS = {"fsync": "off", "max_connections": "200", "shared_buffers": "32MB", "log_min_messages": "fatal"}
 
@@ -73,7 +74,9 @@ def programs() -> Path | None:
 def cluster(programs: Path) -> Iterator[Cluster]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    folder = Path(tempfile.mkdtemp(prefix="loraplex-postgres-", dir="/tmp"))  # pytest's own is closed to other users
+    _end_orphans(programs)
+    # pytest's own folder is closed to other users.
+    folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir="/tmp"))
     running = Cluster(programs, folder, port, secrets.token_hex(8), count(1))
     (folder / "password").write_text(running.password)
     if os.geteuid() == 0:
@@ -91,6 +94,16 @@ def cluster(programs: Path) -> Iterator[Cluster]:
             running.stop()
     finally:
         shutil.rmtree(folder)
+
+
+def _end_orphans(programs: Path) -> None:
+    """Stop and remove the clusters of test runs that were killed."""
+    for folder in Path("/tmp").glob(f"{PREFIX}*-*"):
+        pid = folder.name.removeprefix(PREFIX).partition("-")[0]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists() and os.access(folder, os.W_OK):
+            with suppress(subprocess.CalledProcessError):  # it runs no more
+                _run(programs / "pg_ctl", "-D", folder / "data", "-w", "-s", "-m", "immediate", "stop")
+            shutil.rmtree(folder, ignore_errors=True)  # another run may be at it, too
 
 
 def _release(programs: Path) -> int:

@@ -152,8 +152,9 @@ def write_durably(chunks: Iterator[bytes], file: Path, progress: Progress = sile
     return FileEntry(file.name, digest.hexdigest(), total_bytes)
 
 
-def read_chunks(file: Path) -> Iterator[bytes]:
+def read_chunks(file: Path, offset: int = 0) -> Iterator[bytes]:
     with file.open("rb") as stream:
+        stream.seek(offset)
         yield from iter(lambda: stream.read(CHUNK_BYTES), b"")
 
 

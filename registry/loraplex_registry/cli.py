@@ -151,6 +151,15 @@ def publish(name: str, base: str | None, message: str) -> None:
 
 
 @verb
+@click.argument("name", type=NAME)
+def discard(name: str) -> None:
+    """Forget the files that Hub clients uploaded to NAME and nobody published. Its versions stay."""
+    with opened() as registry:
+        registry.discard_draft(name)
+    click.echo(f"discarded the unpublished files of {name}")
+
+
+@verb
 @click.argument("ref", type=REF)
 @click.option("--to", "alias", required=True, metavar="ALIAS", help="The alias to move, for instance production.")
 @click.option("--reason", default="", help="Why, for the ledger.")
@@ -581,7 +590,7 @@ def serve(
             raise OneLine(f"serve needs a folder, not {registry.url}")
         listener = _listen(host, port)
         url = f"http://{host}:{listener.getsockname()[1]}"
-        click.echo(f"registry {registry.root} at {url}", err=True)
+        click.echo(f"registry {registry.where} at {url}", err=True)
         if not tokens and not registry.tokens.any() and host not in ("127.0.0.1", "localhost", "::1"):
             click.echo("warning: no tokens are set, so everyone who reaches this address may push", err=True)
         app = create_app(registry, tokens, trusted, rate)
@@ -744,7 +753,7 @@ def _move_line(move: AliasMove) -> str:
 
 
 def _where(registry: Registry | RemoteRegistry) -> str:
-    return str(registry.root) if isinstance(registry, Registry) else registry.url
+    return registry.where if isinstance(registry, Registry) else registry.url
 
 
 def _print_versions(found: list[Version], style: str) -> None:

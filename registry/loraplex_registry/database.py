@@ -20,6 +20,8 @@ Writing = Callable[[], AbstractContextManager[sa.Connection]]
 class Database(Protocol):
     """Connections and locks, for many threads and processes. All raise StoreUnavailable."""
 
+    where: str  # for people, without a password
+
     def close(self) -> None: ...
 
     def reading(self) -> AbstractContextManager[sa.Connection]:

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 import sqlalchemy as sa
 
 from .database import Database, Writing
-from .errors import InvalidRequest, StaleParent, UnknownAdapter, UnknownFile
+from .errors import InvalidRequest, StaleParent, TooLarge, UnknownAdapter, UnknownFile
 from .manifest import FileEntry
 from .tables import LONG, METADATA
 from .validate import FILES
@@ -66,7 +66,7 @@ class Changes:
     """One commit: files to put in, files and folders to take out, who does it and why.
 
     `parent` is the commit it must follow, or the first digits of it; None follows any. `request` is the sha256 of what
-    was sent: the same request again, as after a lost answer, changes nothing.
+    was sent: the same request again, as after a lost answer, changes nothing. `max_bytes` is for all of the files then.
     """
 
     added: tuple[FileEntry, ...]
@@ -76,6 +76,7 @@ class Changes:
     request: str
     who: str
     message: str
+    max_bytes: int
 
 
 Commit = Callable[[str, Changes, Callable[[], Tree]], str]
@@ -102,7 +103,7 @@ class Drafts:
         with self._database.writing() as db:
             if _head(db, name):
                 return False
-            _note(db, name, Changes((), (), (), None, "", who, ""), None, ())
+            _note(db, name, Changes((), (), (), None, "", who, "", 0), None, ())
             return True
 
     @contextmanager
@@ -112,7 +113,7 @@ class Drafts:
         Gives the act that changes a name's draft, or begins one from what is published; it answers the head then.
         What leaves every file as it was makes no commit. Raises UnknownAdapter for a name with neither draft nor
         version, StaleParent, UnknownFile for a deletion of what is not there, InvalidRequest when the files do not go
-        together.
+        together, TooLarge.
         """
         with self._database.publishing() as writing:
             yield lambda name, changes, published: self._commit(name, changes, published, writing)
@@ -168,6 +169,9 @@ def _changed(name: str, now: Tree, changes: Changes, known: Iterable[str]) -> di
         raise InvalidRequest(f"{both[0]!r} would be a file and a folder", "path")
     if len(files) > FILES:
         raise InvalidRequest(f"{len(files)} files, at most {FILES} are taken", "path")
+    total_bytes = sum(entry.bytes for entry in files.values())
+    if total_bytes > changes.max_bytes:
+        raise TooLarge(f"{name} would have {total_bytes:,} bytes, at most {changes.max_bytes:,} are taken")
     return files
 
 

@@ -29,6 +29,7 @@
     │   └── DeletedVersion                   .version, .who, .at, .purged
     ├── InvalidRequest (ValueError)          an HTTP request that cannot be read; .param
     ├── TooLarge (ValueError)                more bytes than the registry takes
+    ├── WrongOffset (ValueError)             an upload that goes on elsewhere than where it stopped; .received_bytes
     ├── MissingBlobs (LookupError)           files that a push names and nobody uploaded; .digests
     ├── BaseNotFound (FileNotFoundError)     the base model cannot be described
     ├── CorruptBlob (OSError)                bytes that are missing or are not what their digest says
@@ -137,6 +138,14 @@ class InvalidRequest(RegistryError, ValueError):
 
 class TooLarge(RegistryError, ValueError):
     code = "too_large"
+
+
+class WrongOffset(RegistryError, ValueError):
+    code = "wrong_offset"
+
+    def __init__(self, offset: int, received_bytes: int) -> None:
+        self.offset, self.received_bytes = offset, received_bytes
+        super().__init__(f"Upload-Offset is {offset}, expected {received_bytes}: so many bytes arrived before")
 
 
 class MissingBlobs(RegistryError, LookupError):

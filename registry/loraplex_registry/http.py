@@ -4,6 +4,7 @@ A push is a proposal (files by sha256, the base's description): what is missing 
 server reads no path that a caller names; it checks the adapter against the description before a version is made.
 """
 
+import re
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -37,7 +38,7 @@ from .registry import Registry, writing
 from .signing import Signature
 from .tokens import ADMIN, PROMOTE, PUSH, READ, Identity, NewToken, Token
 from .trusted_bases import TrustedBases
-from .uploads import Upload, forget, gather
+from .uploads import Upload, forget, gather, received
 from .version import Act, AliasMove, Collected, Deletion, Fault, Version
 from .watchers import Watchers, watch
 from .wire import Proposal, dump, dump_error, load
@@ -55,6 +56,7 @@ SCOPES = {  # what a token needs for each route; one that is not here cannot be 
     "GET /v1/card": READ,
     "POST /v1/tag": PUSH,
     "POST /v1/unalias": PROMOTE,
+    "POST /v1/adapters/{name:path}/discard": PUSH,
     "GET /v1/search": READ,
     "GET /v1/resolve": READ,
     "GET /v1/history": READ,
@@ -69,6 +71,7 @@ SCOPES = {  # what a token needs for each route; one that is not here cannot be 
     "GET /v1/manifests/{digest}": READ,
     "GET /v1/blobs/{digest}": READ,
     "PUT /v1/blobs/{digest}": PUSH,
+    "GET /v1/uploads/{digest}": PUSH,
     "GET /v1/signatures": READ,
     "POST /v1/signatures": PUSH,
     "GET /v1/protections": READ,
@@ -109,6 +112,7 @@ STATUSES: dict[type[RegistryError], int] = {
     errors.InvalidKey: 400,
     errors.NotFound: 404,
     errors.MissingBlobs: 409,
+    errors.WrongOffset: 409,
     errors.NothingToRollBack: 409,
     errors.RequirementNotMet: 409,
     errors.NotSigned: 409,
@@ -153,6 +157,7 @@ def create_app(
             Route("/v1/adapters/{name:path}/versions", push, methods=["POST"]),
             Route("/v1/adapters/{name:path}/publish", publish, methods=["POST"]),
             Route("/v1/aliases", list_aliases),
+            Route("/v1/adapters/{name:path}/discard", discard, methods=["POST"]),
             Route("/v1/search", search),
             Route("/v1/resolve", resolve),
             Route("/v1/history", history),
@@ -180,6 +185,7 @@ def create_app(
             Route("/v1/tokens", list_tokens),
             Route("/v1/tokens", create_token, methods=["POST"]),
             Route("/v1/tokens/revoke", revoke_token, methods=["POST"]),
+            Route("/v1/uploads/{digest}", get_upload),
             *hub_routes(),
             *upload_routes(),
         ],
@@ -321,12 +327,22 @@ def list_tokens(request: Request) -> Response:
     return JSONResponse({"data": dump(list[Token], _registry(request).tokens.list())})
 
 
+def get_upload(request: Request) -> Response:
+    """Where an upload of the one who asks was cut off."""
+    sha256 = check_digest(request.path_params["digest"]).removeprefix("sha256:")
+    return JSONResponse({"received_bytes": received(_registry(request).store, sha256, _who(request))})
+
+
 # --- writing ---
 
 
 async def put_blob(request: Request) -> Response:
     sha256, registry = check_digest(request.path_params["digest"]).removeprefix("sha256:"), _registry(request)
-    with writing(registry.root), await run_sync(Upload, registry.store, sha256, registry.limits.max_bytes) as upload:
+    offset = request.headers.get("upload-offset", "0")
+    if not re.fullmatch("[0-9]{1,15}", offset):
+        raise errors.InvalidRequest(f"Upload-Offset is {offset!r}, expected a number of bytes", "Upload-Offset")
+    begun = Upload, registry.store, sha256, registry.limits.max_bytes, _who(request), int(offset)
+    with writing(registry.root), await run_sync(*begun) as upload:
         async for chunk in request.stream():
             await run_sync(upload.write, chunk)
         await run_sync(upload.finish)
@@ -358,6 +374,12 @@ async def publish(request: Request) -> Response:
     registry, message, who = _registry(request), body.get("message", ""), _who(request)
     version = await run_sync(lambda: registry.publish_draft(name, base=base, message=message, who=who))
     return JSONResponse(dump(Version, version), status_code=201 if version.pushed else 200)
+
+
+def discard(request: Request) -> Response:
+    name = check_name(request.path_params["name"])
+    _registry(request).discard_draft(name)
+    return JSONResponse({"discarded": name})
 
 
 async def promote(request: Request) -> Response:

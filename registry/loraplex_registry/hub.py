@@ -29,6 +29,7 @@ from .version import Version
 MAIN = "main"
 TRIES = 6
 LONGEST_WAIT_SECONDS = 300
+SAID_CHARACTERS = 2000  # of a version's message: it keeps 4096, and another registry no more for all that a commit says
 T = TypeVar("T")
 
 
@@ -90,7 +91,7 @@ def push_to_hub(
         if revision and revision != MAIN:
             _patiently(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
         upload = partial(api.upload_folder, repo_id=repo_id, folder_path=folder, revision=revision)
-        said = f"{version.message}\n\n{version.digest}".strip()
+        said = f"{version.message[:SAID_CHARACTERS]}\n\n{version.digest}".strip()
         done = _patiently(lambda: upload(commit_message=str(version), commit_description=said))
         return str(done.commit_url)
 

@@ -180,8 +180,15 @@ def commits(request: Request) -> Response:
 
 def resolve(request: Request) -> Response:
     """A commit's file, proven while it is sent: stock clients compare sizes alone. Other revisions redirect to it."""
-    version, manifest = _find(request)
-    path, commit = request.path_params["path"], commit_of(version)
+    path = request.path_params["path"]
+    try:
+        version, manifest = _find(request)
+    except NoVersion as error:
+        if request.path_params["revision"] != MAIN:
+            raise
+        # `push_to_hub` looks for a card to go on from, and takes only this word for its absence.
+        raise UnknownFile(f"{request.path_params['repo']}/{path}") from error
+    commit = commit_of(version)
     entry = next((entry for entry in manifest.files if entry.path == path), None)
     if entry is None:
         return refusal(UnknownFile(f"{version}/{path}"), 404, {REPO_COMMIT: commit})

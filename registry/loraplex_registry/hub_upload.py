@@ -5,7 +5,6 @@ what a tag's word means. Reading is hub_protocol's; what a draft is, is the regi
 """
 
 import re
-from collections.abc import AsyncIterator
 from contextlib import ExitStack
 from pathlib import PurePosixPath
 from typing import Any
@@ -24,7 +23,6 @@ from .errors import (
     InvalidRequest,
     NotOffered,
     NumberTaken,
-    RegistryError,
     TooLarge,
     UnknownAdapter,
 )
@@ -39,7 +37,6 @@ from .version import Version
 
 BODY_BYTES = 16 << 20
 METADATA_CHARACTERS = 64 << 10
-DRAINED_BYTES = 256 << 20
 
 
 def upload_routes() -> list[Route]:
@@ -146,25 +143,11 @@ async def commit(request: Request) -> Response:
         folder = await run_sync(held.enter_context, registry.store.stage())
         reader = CommitReader(folder, registry.limits.max_bytes)
         held.callback(reader.close)
-        body = request.stream()
-        try:
-            async for chunk in body:
-                await run_sync(reader.write, chunk)
-        except RegistryError:
-            await _drain(body)
-            raise
+        async for chunk in request.stream():
+            await run_sync(reader.write, chunk)
         oid = await run_sync(_commit, registry, name, reader, _who(request))
     url = f"{request.base_url}{name}/commit/{oid}"
     return JSONResponse({"success": True, "commitOid": oid, "commitUrl": url, "hookOutput": ""})
-
-
-async def _drain(body: AsyncIterator[bytes]) -> None:
-    """Take what a client still sends, within bounds: one that is cut off while it sends may miss the answer."""
-    left_bytes = DRAINED_BYTES
-    async for chunk in body:
-        left_bytes -= len(chunk)
-        if left_bytes < 0:
-            return
 
 
 def _commit(registry: Registry | LimitedRegistry, name: str, reader: CommitReader, who: str) -> str:
@@ -185,6 +168,7 @@ def _commit(registry: Registry | LimitedRegistry, name: str, reader: CommitReade
             request=reader.digest.hexdigest(),
             who=who,
             message=message,
+            max_bytes=registry.limits.max_bytes,
         )
         return keep(name, changes, lambda: published(registry, name))
 

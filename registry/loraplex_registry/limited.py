@@ -169,6 +169,10 @@ class LimitedRegistry:
         self.own(name)
         return self._registry.publish_draft(name, base=base, message=message, number=number, alias=alias, who=who)
 
+    def discard_draft(self, name: str) -> None:
+        self.own(name)
+        self._registry.discard_draft(name)
+
     def promote(
         self,
         ref: str | Reference,

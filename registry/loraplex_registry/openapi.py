@@ -107,6 +107,18 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         errors=_PUSHED,
         status=(200, 201),
     ),
+    ("POST", "/v1/adapters/{name}/discard"): Operation(
+        "Forget what was uploaded and not published.", {"type": "object"}, errors=(*_NAMES, errors.MissingBlobs)
+    ),
+    ("GET", "/v1/uploads/{digest}"): Operation(
+        "Where an upload of yours was cut off.",
+        {
+            "type": "object",
+            "properties": {"received_bytes": {"type": "integer"}},
+            "required": ["received_bytes"],
+        },
+        errors=_NAMES,
+    ),
     ("GET", "/v1/aliases"): Operation("Where every alias points.", _ALIASES),
     ("GET", "/v1/search"): Operation(
         "Versions for which every term holds.", Page[Version], ("q", "sort", *_PAGED), errors=(errors.InvalidQuery,)
@@ -168,7 +180,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         "Upload a file, proven by its digest.",
         None,
         body="application/octet-stream",
-        errors=(errors.InvalidReference, errors.TooLarge, errors.CorruptBlob),
+        errors=(errors.InvalidReference, errors.TooLarge, errors.CorruptBlob, errors.MissingBlobs),
         status=(201,),
     ),
 }

@@ -23,8 +23,14 @@ class Stored:
 class Place(Protocol):
     """Blobs by their sha256. What cannot be done raises OSError, or StoreUnavailable, which is one."""
 
+    where: str  # for people, without anything secret
+
     def put(self, staged: Path, sha256: str) -> None:
         """Keep a staged, flushed file; durable, and all at once. A blob already there is replaced."""
+        ...
+
+    def share(self, uploaded: Path, sha256: str) -> None:
+        """Let those find a file that was uploaded here who do not have the folder in which it waits."""
         ...
 
     def size(self, sha256: str) -> int:
@@ -52,7 +58,7 @@ class Folder:
     """`blobs/sha256/ab/<hex>` below a root."""
 
     def __init__(self, root: Path) -> None:
-        self.blobs = root / "blobs" / "sha256"
+        self.where, self.blobs = str(root), root / "blobs" / "sha256"
 
     def path(self, sha256: str) -> Path:
         return self.blobs / sha256[:2] / sha256
@@ -65,6 +71,9 @@ class Folder:
                 sync_folder(folder)
         staged.replace(target)
         sync_folder(target.parent)
+
+    def share(self, uploaded: Path, sha256: str) -> None:
+        """Whoever has this folder has its staging."""
 
     def size(self, sha256: str) -> int:
         return self.path(sha256).stat().st_size

@@ -17,7 +17,8 @@ from .schema import SCHEMA_VERSION, check_schema, migrate
 
 CONNECT_SECONDS = 10
 WRITE_WAIT = "30s"  # as long as SQLite waits for another writer
-POOL_SIZE, POOL_OVERFLOW = 8, 24  # connections of one process; PostgreSQL takes 100 in all unless told otherwise
+# Connections of one process: kept, and taken beyond. PostgreSQL takes 100 in all unless it is told otherwise.
+READERS, WRITERS = (8, 16), (2, 6)
 LOCKS = 0x6C70  # the first key of all our locks
 WRITE, PUBLISH, SCHEMA = 1, 2, 3
 SCHEMES = ("postgresql", "postgres", "postgresql+psycopg")
@@ -32,18 +33,18 @@ class PostgresDatabase:
         self._url = read_url(url)
         at = self._url
         self.where = sa.URL.create("postgresql", at.username, None, at.host, at.port, at.database).render_as_string()
-        # A connection that was lost is noticed before it is used again, and replaced.
-        self._engine = self._made(pool_pre_ping=True, pool_size=POOL_SIZE, max_overflow=POOL_OVERFLOW)
-        self._reader = self._engine.execution_options(isolation_level="AUTOCOMMIT")
-        # Who holds a lock for long takes a connection beside the pool's, which those who wait for it may all have.
-        self._beside = self._made(poolclass=sa.NullPool)
+        # Whoever waits for a lock must not have the connection that its holder needs next: those who read wait for
+        # none, those who write for WRITE alone, and those who publish or collect have a connection each.
+        self._reader = self._pooled(*READERS).execution_options(isolation_level="AUTOCOMMIT")
+        self._writer = self._pooled(*WRITERS)
+        self._single = self._made(poolclass=sa.NullPool)
 
     def open(self) -> None:
         """Make the schema in an empty database. Raises StoreUnavailable, also for a schema that is not ours."""
         with self.reading() as db:
             found = self._found_schema(db)
         if not found:
-            with self._one_clear_error(), self._beside.begin() as db:
+            with self._one_clear_error(), self._single.begin() as db:
                 _lock(db, "pg_advisory_xact_lock", SCHEMA)
                 found = self._found_schema(db)  # somebody may have been faster
                 if not found:
@@ -52,7 +53,8 @@ class PostgresDatabase:
         self._check(found)
 
     def close(self) -> None:
-        self._engine.dispose()
+        for engine in (self._reader, self._writer):
+            engine.dispose()
 
     @contextmanager
     def reading(self) -> Iterator[sa.Connection]:
@@ -66,7 +68,7 @@ class PostgresDatabase:
 
         One writer at a time gives numbers without gaps, and the ledger's ids in the order in which they are seen.
         """
-        with self._one_clear_error(), self._engine.begin() as db:
+        with self._one_clear_error(), self._writer.begin() as db:
             _wait_to_write(db)
             yield db
 
@@ -76,7 +78,7 @@ class PostgresDatabase:
 
         That is the transaction that holds the lock: who lost it writes no row. Raises StoreUnavailable.
         """
-        with self._one_clear_error(), self._engine.begin() as db:
+        with self._one_clear_error(), self._single.begin() as db:
             _stay(db)
             _lock(db, "pg_advisory_xact_lock_shared", PUBLISH)
 
@@ -90,14 +92,14 @@ class PostgresDatabase:
     @contextmanager
     def collecting(self) -> Iterator[None]:
         """While this is held, nobody publishes. Waits until those who do are done. Raises StoreUnavailable."""
-        with self._one_clear_error(), self._beside.begin() as db:
+        with self._one_clear_error(), self._single.begin() as db:
             _stay(db)
             _lock(db, "pg_advisory_xact_lock", PUBLISH)
             yield
 
     def upgrade(self) -> tuple[int, int]:
         """As `upgrade_catalog`. Raises StoreUnavailable."""
-        with self._one_clear_error(), self._beside.begin() as db:
+        with self._one_clear_error(), self._single.begin() as db:
             _lock(db, "pg_advisory_xact_lock", SCHEMA)
             before = self._found_schema(db)
             if not 1 <= before < SCHEMA_VERSION:
@@ -106,6 +108,10 @@ class PostgresDatabase:
             _wait_to_write(db)
             migrate(db, before)
             return before, SCHEMA_VERSION
+
+    def _pooled(self, kept: int, beyond: int) -> sa.Engine:
+        # A connection that was lost is noticed before it is used again, and replaced.
+        return self._made(pool_pre_ping=True, pool_size=kept, max_overflow=beyond)
 
     def _made(self, **options: Any) -> sa.Engine:
         try:
@@ -134,7 +140,7 @@ class PostgresDatabase:
         except sqlalchemy.exc.DBAPIError as error:
             raise StoreUnavailable(f"the catalog {self.where} cannot be used: {self._told(error)}") from error
         except sqlalchemy.exc.TimeoutError as error:
-            told = f"all {POOL_SIZE + POOL_OVERFLOW} connections of this process are in use"
+            told = "all connections that this process may have are in use"
             raise StoreUnavailable(f"the catalog {self.where} cannot be used: {told}") from error
 
     def _told(self, error: sqlalchemy.exc.DBAPIError) -> str:

@@ -82,6 +82,8 @@ class Registry:
         self.tokens = Tokens(self.catalog, whoami)
         self.signatures = Signatures(self.catalog, whoami)
         self.protections = Protections(self.catalog, self.signatures, whoami)
+        elsewhere = [*([opened.where] if database else []), *([self.store.place.where] if store else [])]
+        self.where = f"{self.root}, {', '.join(elsewhere)}" if elsewhere else str(self.root)
 
     @staticmethod
     def default_root() -> Path:
@@ -208,6 +210,11 @@ class Registry:
             self.promote(str(version), alias, message, who=who)
         self.drafts.drop(name, draft.commit)
         return version
+
+    def discard_draft(self, name: str) -> None:
+        """Forget the files that were uploaded to `name` and are no version. Raises InvalidReference, NoDraft."""
+        if not self.drafts.drop(check_name(name)):
+            raise NoDraft(name)
 
     # --- names ---
 

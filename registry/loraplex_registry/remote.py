@@ -4,6 +4,7 @@ Trusts no bytes: manifests and files are proven by their digests here. Knows the
 """
 
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ from .base import BaseDescription, describe_base
 from .blobs import Progress, materialize, proven, read_chunks, silent
 from .card import card_of
 from .credentials import token_for
-from .errors import CorruptBlob, InvalidRequest, MissingBlobs, RegistryError, RemoteError, UnknownDigest
+from .errors import CorruptBlob, InvalidRequest, MissingBlobs, RegistryError, RemoteError, UnknownDigest, WrongOffset
 from .events import StreamSource
 from .garbage import GRACE_SECONDS
 from .manifest import CHUNK_BYTES, FileEntry, Manifest, sha256_of
@@ -34,6 +35,8 @@ from .watch import Watch, ignore
 from .wire import Proposal, dump, load, load_error
 
 TIMEOUT_SECONDS = 60.0
+RETRY_SECONDS = (0.5, 1.0, 2.0, 4.0)  # between tries of an upload that was cut off
+RESUMED_BYTES = 1 << 20  # a smaller file is sent anew
 DATABASE, STORE = "LORAPLEX_REGISTRY_DATABASE", "LORAPLEX_REGISTRY_STORE"
 T = TypeVar("T")
 
@@ -110,6 +113,9 @@ class RemoteRegistry:
             base = describe_base(base)
         body = {"message": message} | ({"base": dump(BaseDescription, base)} if base else {})
         return _load(Version, self._ask("POST", f"/v1/adapters/{check_name(name)}/publish", json=body))
+
+    def discard_draft(self, name: str) -> None:
+        self._ask("POST", f"/v1/adapters/{check_name(name)}/discard")
 
     def resolve(self, ref: str | Reference) -> Version:
         return _load(Version, self._ask("GET", "/v1/resolve", params={"ref": str(ref)}))
@@ -219,13 +225,42 @@ class RemoteRegistry:
             raise CorruptBlob(entry.path, f"sha256:{entry.sha256}", "missing") from error
 
     def _upload(self, file: Path, entry: FileEntry, progress: Progress) -> None:
-        def counted() -> Iterator[bytes]:
-            for chunk in read_chunks(file):
-                yield chunk
-                progress(len(chunk))
+        """Send a file; one that is cut off goes on where it stopped, also after another try in another process."""
+        told_bytes = 0  # of this file, to whom the progress interests: never less than before
 
-        with self._answer("PUT", f"/v1/blobs/sha256:{entry.sha256}", content=counted()):
-            pass
+        def counted(offset: int) -> Iterator[bytes]:
+            nonlocal told_bytes
+            for chunk in read_chunks(file, offset):
+                yield chunk
+                offset += len(chunk)
+                progress(max(offset - told_bytes, 0))
+                told_bytes = max(offset, told_bytes)
+
+        def send(offset: int) -> None:
+            headers = {"Upload-Offset": str(offset)}
+            with self._answer("PUT", f"/v1/blobs/sha256:{entry.sha256}", content=counted(offset), headers=headers):
+                pass
+
+        pauses = iter(RETRY_SECONDS)
+        while True:
+            try:
+                send(self._received(entry))
+                return
+            except (CorruptBlob, WrongOffset):  # what was kept there is of no use
+                send(0)
+                return
+            except RemoteError as error:
+                pause = next(pauses, None)
+                if pause is None or not isinstance(error.__cause__, httpx.TransportError):
+                    raise
+                time.sleep(pause)
+
+    def _received(self, entry: FileEntry) -> int:
+        """Where to begin: what came before of a file that is worth going on with."""
+        if entry.bytes < RESUMED_BYTES:
+            return 0
+        found = self._ask("GET", f"/v1/uploads/sha256:{entry.sha256}", key="received_bytes")
+        return found if isinstance(found, int) and 0 <= found <= entry.bytes else 0
 
     def _page(self, kind: type[T], route: str, limit: int, cursor: str | None, **params: str | None) -> T:
         given = {key: value for key, value in (params | {"cursor": cursor}).items() if value is not None}

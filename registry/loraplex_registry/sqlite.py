@@ -28,7 +28,7 @@ class SqliteDatabase:
 
     def __init__(self, file: Path) -> None:
         """Open the file, making it first if need be. Raises StoreUnavailable."""
-        self.file, self._lock = file, file.with_name("publish.lock")
+        self.file, self.where, self._lock = file, str(file), file.with_name("publish.lock")
         if not file.exists():
             _create(file)
         self.writable = os.access(file, os.W_OK) and os.access(file.parent, os.W_OK)

@@ -30,13 +30,11 @@ class TrustedBases:
         named: dict[str, BaseDescription] = {}
         for word in given:
             found_id, _, path = word.partition("=")
-            if path and not Path(word).is_dir():
-                description = replace(describe_base(path), id=found_id)
-                names = {found_id}
-            else:
-                description = describe_base(word)
-                names = {word, Path(word).resolve().name} if Path(word).is_dir() else {word}
-            for name in names:
+            if Path(word).is_dir():
+                found_id, path = Path(word).resolve().name, word
+            # Under its name alone: where it lies here is nothing that an uploader is told.
+            description = replace(describe_base(path), id=found_id) if found_id and path else describe_base(word)
+            for name in {word, found_id} if path == word else {description.id}:
                 if named.setdefault(name, description).shapes != description.shapes or (
                     named[name].fingerprint != description.fingerprint
                 ):
@@ -72,7 +70,8 @@ class TrustedBases:
             return names[PurePath(wanted).name]
         cached = None if _is_path(wanted) else describe_cached_base(wanted, revision)
         if cached is None:
-            trusted = f"trusted are {', '.join(names)}" if names else "none is named"
+            ids = sorted({base.id for base in names.values()})
+            trusted = f"trusted are {', '.join(ids)}" if ids else "none is named"
             raise BaseNotFound(
                 f"the base '{wanted}' is neither among those that the registry trusts ({trusted}) nor whole in its Hub "
                 f"cache; name it where the registry runs: --base {wanted}, or --base {wanted}=FOLDER"

@@ -3,30 +3,52 @@
 Knows no HTTP: it is handed chunks. What no version claims is swept with the other leftovers of staging.
 """
 
+import fcntl
 import hashlib
 import os
 import tempfile
+import time
 from collections.abc import Callable
+from contextlib import suppress
+from io import BufferedRandom
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from .blobs import BlobStore
-from .errors import CorruptBlob, InvalidManifest, MissingBlobs, TooLarge
+from .errors import CorruptBlob, InvalidManifest, MissingBlobs, TooLarge, WrongOffset
 from .manifest import FileEntry
 from .places import sync_folder
 
+GONE_SECONDS = 5.0  # until the end of a connection that was cut off is noticed
+
 
 class Upload:
-    """One file on its way in: write chunks, then finish. Leaving the block without finishing removes it."""
+    """One file on its way in: write chunks, then finish. A block that is left before keeps what came, to go on there.
 
-    def __init__(self, store: BlobStore, sha256: str, max_bytes: int) -> None:
+    It is kept for who sends it alone, so that nobody spoils it. Where the same is sent twice at once, one of the two is
+    not kept.
+    """
+
+    def __init__(self, store: BlobStore, sha256: str, max_bytes: int, who: str, offset: int = 0) -> None:
+        """Go on after `offset` bytes; 0 begins anew. Raises WrongOffset."""
         store.staging.mkdir(parents=True, exist_ok=True)
-        self._sha256, self._max_bytes, self._received_bytes = sha256, max_bytes, 0
+        self._store, self._sha256, self._max_bytes = store, sha256, max_bytes
         self._place = arrived(store, sha256)
-        self._digest = hashlib.sha256()
-        handle, partial = tempfile.mkstemp(dir=store.staging, suffix=".part")
-        self._stream, self._partial = os.fdopen(handle, "wb"), Path(partial)
+        self._partial = _partial(store, sha256, who)
+        stream = _opened_alone(self._partial, GONE_SECONDS if offset else 0)
+        self._keep = stream is not None
+        if stream is None:
+            handle, private = tempfile.mkstemp(dir=store.staging, suffix=".part")
+            stream, self._partial = os.fdopen(handle, "r+b"), Path(private)
+        self._stream = stream
+        received_bytes = os.fstat(stream.fileno()).st_size
+        if offset and offset != received_bytes:
+            self.__exit__(None, None, None)
+            raise WrongOffset(offset, received_bytes)
+        if not offset:
+            stream.truncate()
+        self._digest, self._received_bytes = hashlib.file_digest(stream, "sha256"), offset
 
     def __enter__(self) -> Self:
         return self
@@ -35,12 +57,15 @@ class Upload:
         """Raises TooLarge."""
         self._received_bytes += len(chunk)
         if self._received_bytes > self._max_bytes:
+            self._keep = False
             raise TooLarge(f"the file is larger than {self._max_bytes:,} bytes, which is the limit")
         self._digest.update(chunk)
         self._stream.write(chunk)
+        self._stream.flush()  # who asks where to go on is told at once
 
     def finish(self) -> None:
-        """Keep the file. Raises CorruptBlob when the bytes are not what their name says."""
+        """Keep the file for good. Raises StoreUnavailable; CorruptBlob when the bytes are not what their name says."""
+        self._keep = False
         if self._digest.hexdigest() != self._sha256:
             raise CorruptBlob("the upload", f"sha256:{self._sha256}", f"in truth sha256:{self._digest.hexdigest()}")
         self._stream.flush()
@@ -48,12 +73,43 @@ class Upload:
         self._partial.chmod(0o644)
         self._partial.replace(self._place)
         sync_folder(self._place.parent)
+        self._store.place.share(self._place, self._sha256)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stream.close()
-        self._partial.unlink(missing_ok=True)
+        try:
+            self._stream.close()
+        finally:
+            if not self._keep:
+                self._partial.unlink(missing_ok=True)
+
+
+def received(store: BlobStore, sha256: str, who: str) -> int:
+    """How many bytes of a file came from somebody whose upload was cut off; 0 when none is kept."""
+    try:
+        return _partial(store, sha256, who).stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def _partial(store: BlobStore, sha256: str, who: str) -> Path:
+    return store.staging / f"upload-{sha256}-{hashlib.sha256(who.encode()).hexdigest()[:16]}.part"
+
+
+def _opened_alone(file: Path, patience_seconds: float) -> BufferedRandom | None:
+    """The file, made if it is new, and locked until it is closed; None while somebody else writes to it."""
+    until = time.monotonic() + patience_seconds
+    while True:
+        stream = os.fdopen(os.open(file, os.O_RDWR | os.O_CREAT, 0o600), "r+b")
+        with suppress(BlockingIOError, FileNotFoundError):  # it is in use; who used it has finished just now
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if file.stat().st_ino == os.fstat(stream.fileno()).st_ino:
+                return stream
+        stream.close()
+        if time.monotonic() >= until:
+            return None
+        time.sleep(0.02)
 
 
 def arrived(store: BlobStore, sha256: str) -> Path:

@@ -106,6 +106,14 @@ VALUE_SETS: dict[str, dict[str, Any]] = {
         "model": {"cache": {"persistent": True, "existingClaim": "models"}},
         "registry": {"storage": {"existingClaim": "adapters"}},
     },
+    "a team": {
+        "registry": {
+            "replicas": 3,
+            "database": {"existingSecret": "catalog"},
+            "store": {"url": "s3://adapters/team", "existingSecret": "bucket"},
+        },
+        "networkPolicy": {"registryExtraEgress": [{"ports": [{"protocol": "TCP", "port": 6432}]}]},
+    },
     "one node": {"model": {"cache": {"persistent": True}}, "metrics": {"serviceMonitor": {"enabled": True}}},
 }
 
@@ -246,7 +254,14 @@ def another(value: Any, path: tuple[str, ...]) -> Any:
         "failureMode": "FailClose",
     }
     choices |= {"adapterWeights": {"another": 7}}
-    choices |= {"externalUrl": "http://elsewhere", "size": "7Gi", "interval": "7s", "cpu": "7", "memory": "7Gi"}
+    choices |= {
+        "externalUrl": "http://elsewhere",
+        "url": "s3://elsewhere/x",
+        "size": "7Gi",
+        "interval": "7s",
+        "cpu": "7",
+        "memory": "7Gi",
+    }
     if path == ("autoscaling", "type"):
         return "hpa"
     if path[-1] in choices:
@@ -301,6 +316,8 @@ def test_every_value_changes_what_is_rendered(chart: Any):
         ({"model": {"quantization": "int3"}}, "quantization"),
         ({"lora": {"maxRank": 512}}, "maxRank"),
         ({"registry": {"externalUrl": "adapters"}}, "externalUrl"),
+        ({"registry": {"store": {"url": "file:///data"}}}, "url"),
+        ({"registry": {"store": {"url": "s3://key:secret@bucket"}}}, "url"),
         ({"autoscaling": {"type": "keda"}}, "type"),
         ({"server": {"apiKeys": {"existingSecret": "Not A Name"}}}, "existingSecret"),
         ({"server": {"kvCacheBytes": "4Gi"}}, "kvCacheBytes"),
@@ -323,6 +340,9 @@ def test_a_wrong_value_is_refused_by_its_name(chart: Any, values: dict[str, Any]
         ({"registry": {"externalUrl": "http://x"}}, "set registry.enabled=false to use another registry"),
         ({"registry": {"enabled": False}}, "name the registry to use in registry.externalUrl"),
         ({"registry": {"tokens": {"existingSecret": "t"}}}, "registry.serverToken.existingSecret is empty"),
+        ({"registry": {"replicas": 2}}, "set registry.database.existingSecret and registry.store.url"),
+        ({"registry": {"replicas": 2, "store": {"url": "s3://a/b"}}}, "registry.replicas is more than 1"),
+        ({"registry": {"store": {"existingSecret": "bucket"}}}, "registry.store.url is empty"),
         ({"server": {"replicas": 2}, "model": {"cache": {"persistent": True}}}, "set ReadWriteMany"),
         ({"autoscaling": {"type": "hpa"}, "model": {"cache": {"persistent": True}}}, "set ReadWriteMany"),
         ({"autoscaling": {"type": "hpa", "minReplicas": 5}}, "autoscaling.minReplicas is greater"),
@@ -470,6 +490,36 @@ def test_the_registry_reaches_nobody_and_keeps_its_claim(chart: Any):
     claim = find(documents, "PersistentVolumeClaim", "-registry")
     assert claim["metadata"]["annotations"]["helm.sh/resource-policy"] == "keep"
     assert find(documents, "StatefulSet")["spec"]["replicas"] == 1
+
+
+def test_a_teams_registry_runs_more_than_once_and_keeps_nothing(chart: Any):
+    documents = render(chart, VALUE_SETS["a team"])
+    registry = find(documents, "StatefulSet")["spec"]
+    (container,) = registry["template"]["spec"]["containers"]
+    assert registry["replicas"] == 3
+    assert "--store=s3://adapters/team" in container["args"]
+    env = {entry["name"]: entry.get("valueFrom") for entry in container["env"]}
+    assert env["LORAPLEX_REGISTRY_DATABASE"] == {"secretKeyRef": {"name": "catalog", "key": "url"}}
+    assert container["envFrom"] == [{"secretRef": {"name": "bucket"}}]
+    volumes = {volume["name"]: volume for volume in registry["template"]["spec"]["volumes"]}
+    assert volumes["data"]["emptyDir"] == {}
+    assert not [d for d in documents if d["kind"] in ("PersistentVolumeClaim", "Secret")]
+    egress = find(documents, "NetworkPolicy", "-registry")["spec"]["egress"]
+    assert {port["port"] for rule in egress for port in rule["ports"]} == {53, 5432, 443, 6432}
+
+
+@pytest.mark.parametrize(
+    ("values", "ports"),
+    [({"database": {"existingSecret": "catalog"}}, {53, 5432}), ({"store": {"url": "gs://adapters"}}, {53, 443})],
+    ids=str,
+)
+def test_half_of_it_still_needs_the_volume(chart: Any, values: dict[str, Any], ports: set[int]):
+    documents = render(chart, {"registry": values})
+    assert find(documents, "PersistentVolumeClaim", "-registry")
+    volumes = find(documents, "StatefulSet")["spec"]["template"]["spec"]["volumes"]
+    assert "persistentVolumeClaim" in next(volume for volume in volumes if volume["name"] == "data")
+    egress = find(documents, "NetworkPolicy", "-registry")["spec"]["egress"]
+    assert {port["port"] for rule in egress for port in rule["ports"]} == ports
 
 
 def test_a_gpu_is_asked_for_beside_the_other_limits(chart: Any):

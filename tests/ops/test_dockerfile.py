@@ -65,7 +65,16 @@ def test_the_programs_run_as_a_numeric_user_that_is_not_root(instructions: list[
 
 def test_the_registry_image_has_no_torch(instructions: list[tuple[str, str, str]]):
     for stage in ("registry-environment", "registry"):
-        assert all("torch" not in rest and "[serve]" not in rest for rest in in_stage(instructions, stage, "RUN"))
+        assert all("torch" not in rest and "serve" not in rest for rest in in_stage(instructions, stage, "RUN"))
+
+
+def test_both_images_can_use_a_database_and_an_object_store(instructions: list[tuple[str, str, str]], root: Path):
+    (installing,) = in_stage(instructions, "registry-environment", "RUN")
+    (extras,) = re.findall(r'"\$\{wheel\}\[(.*?)\]"', installing)
+    assert {"postgres", "object-store"} <= set(extras.split(","))
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    assert set(extras.split(",")) <= set(project["optional-dependencies"])
+    assert [rest for rest in in_stage(instructions, "server-environment", "FROM") if "registry-environment" in rest]
 
 
 def test_every_copied_path_exists_and_is_in_the_build_context(instructions: list[tuple[str, str, str]], root: Path):
@@ -97,7 +106,7 @@ def test_the_servers_kernels_are_built_where_they_are_copied_from_and_the_compil
     instructions: list[tuple[str, str, str]],
 ):
     building = in_stage(instructions, "server-environment", "RUN")
-    (installed,) = (at for at, rest in enumerate(building) if "[serve]" in rest)
+    (installed,) = (at for at, rest in enumerate(building) if "[serve" in rest)
     (built,) = (at for at, rest in enumerate(building) if "-m loraplex_server.kernels.native" in rest)
     assert installed < built
     assert re.search(r"apt-get install .*\bgcc\b.*\blibc6-dev\b", building[built])

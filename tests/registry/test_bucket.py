@@ -82,6 +82,27 @@ def test_machines_share_a_database_and_a_bucket_and_nothing_else(database, bucke
             machine.close()
 
 
+def test_a_push_whose_files_went_to_another_machine(database, bucket, base, tmp_path):
+    """As behind a balancer that sends each request where it likes."""
+    folder = Adapter().write(tmp_path / "adapter", make_receipt(base))
+    with (
+        Registry(tmp_path / "one", database=database, store=bucket) as one,
+        Registry(tmp_path / "two", database=database, store=bucket) as two,
+        served(one) as first,
+        served(two) as second,
+        RemoteRegistry(first) as remote,
+    ):
+        real = remote._http.build_request
+
+        def balanced(method, url, **options):
+            return real(method, f"{second if method == 'PUT' else first}{url}", **options)
+
+        remote._http.build_request = balanced
+        version = remote.push("x", folder, base=base)
+        assert two.pull("x", tmp_path / "out").digest == version.digest
+        assert one.verify() == []
+
+
 def test_a_file_over_http_whole_and_in_ranges(push, registry):
     entry = weights(registry, push())
     data = b"".join(registry.store.chunks(entry))
@@ -292,7 +313,9 @@ def test_the_command_serves_from_a_bucket(bucket, base, tmp_path):
     server = run_python("from loraplex_registry.cli import main; main()", *words, stderr=subprocess.PIPE)
     try:
         assert server.stderr is not None
-        with RemoteRegistry(server.stderr.readline().split()[-1]) as remote:
+        line = server.stderr.readline()
+        assert line.startswith(f"registry {tmp_path / 'registry'}, {bucket} at http://127.0.0.1:")
+        with RemoteRegistry(line.split()[-1]) as remote:
             version = remote.push("x", Adapter().write(tmp_path / "a"), base=base)
         assert version.digest.removeprefix("sha256:") in {blob.sha256 for blob in Bucket(bucket).all()}
     finally:

@@ -1,7 +1,8 @@
 """Every command of docs/registry.md, run as it is written, block after block, in one shell's world.
 
 The world has what the page takes for granted: an adapter that was trained here, its base, and a Hub. Three things are
-not taken from the page: installing, the database's address, and that what serves runs beside the commands after it.
+not taken from the page: installing, where the database and the bucket are, and that what serves runs beside the
+commands after it.
 """
 
 import os
@@ -27,6 +28,7 @@ BLOCKS = re.findall(r"^```(?:sh|console)\n(.*?)^```", PAGE.read_text(), flags=re
 TINYLLAMA = "models--TinyLlama--TinyLlama-1.1B-Chat-v1.0"
 COMMIT = "ab" * 20
 DATABASE = "postgresql://loraplex@db.example.com/loraplex"
+STORE = "s3://adapters/team"
 PORT, SERVER, SERVES = 8100, ".server", re.compile(r"^(\$ )?registry .*\bserve\b", flags=re.M)
 WAIT = f"until (exec 3<>/dev/tcp/127.0.0.1/{PORT}) 2>/dev/null; do kill -0 $!; sleep 0.1; done"
 
@@ -67,10 +69,10 @@ def world(tmp_path, hub):
     return folder, environment
 
 
-def as_run(block: str, database: str) -> str:
+def as_run(block: str) -> str:
     """The block for bash: prompts are not typed, and what serves runs beside what follows until the next one serves."""
     lines = []
-    for line in block.replace(DATABASE, database).splitlines():
+    for line in block.splitlines():
         command = re.sub(r"\s+#.*", "", line.removeprefix("$ "))
         if SERVES.search(command):
             command = f"{command} > {SERVER}.log 2>&1 & echo $! > {SERVER}; {WAIT}"
@@ -96,15 +98,17 @@ def test_the_commands_of_the_page(world, request):
     ran = 0
     try:
         for block in BLOCKS:
-            database = DATABASE
             if DATABASE in block:
                 if not postgres.programs():
                     continue
-                database = request.getfixturevalue("database")
+                block = block.replace(DATABASE, request.getfixturevalue("database"))
+            if STORE in block:
+                block = block.replace(STORE, request.getfixturevalue("bucket"))
+                environment |= {key: value for key, value in os.environ.items() if key.startswith("AWS_")}
             if SERVES.search(block):
                 stop_server(folder)
             done = subprocess.run(
-                ["bash", "-euo", "pipefail", "-c", as_run(block, database)],
+                ["bash", "-euo", "pipefail", "-c", as_run(block)],
                 cwd=folder,
                 env=environment,
                 stdin=subprocess.DEVNULL,

@@ -21,7 +21,7 @@ from loraplex_registry.reference import HubReference
 from loraplex_registry.registry import Registry
 from loraplex_registry.validate import Limits
 
-from .conftest import Adapter, make_receipt
+from .conftest import Adapter, make_receipt, served
 from .test_hub_upload import draft, serving_command
 
 LARGE = "extra/large.npy"
@@ -158,6 +158,15 @@ def test_pull_over_a_network_that_throttles_and_cuts(hub, network, here, upstrea
     assert (code, out) == (0, f"already ns/tagger:1 {there.digest}\n")
 
 
+def test_from_the_hub_into_a_registry_behind_a_url(hub, here, upstream, base):
+    with served(here) as url:
+        code, out, err = hub("pull", "ns/tagger", "--as", "copy", "--base", base, "--registry", url)
+        assert (code, out.startswith("hf://ns/tagger@")) == (0, True), err
+        assert here.resolve("copy:1").digest == upstream.resolve("ns/tagger:1").digest
+        assert hub("push", "copy:1", "ns/again", "--registry", url)[0] == 0
+    assert upstream.drafts.find("ns/again")
+
+
 def test_wrong_bytes_are_never_pushed(hub, network, here, base, tmp_path):
     """The Hub's client takes them, since their number is right; what was right is not fetched again."""
     network.altered = {"adapter_model.safetensors"}
@@ -219,6 +228,8 @@ def test_push_over_a_network_that_throttles(hub, network, here, upstream, base, 
     assert head.messages == (f"ours:1\nready\n\n{pushed.digest}",)
     assert draft(upstream, "ns/ours").keys() == {entry.path for entry in here.manifest(pushed.digest).files}
     assert hub("push", "ours", "ns/ours")[:2] == (0, out)  # again changes nothing
+    here.push("wordy", folder, base=base, message="m" * 4096)
+    assert hub("push", "wordy", "ns/wordy")[0] == 0
     HfApi(endpoint=network.url, token=False).create_tag("ns/ours", tag="v1")
     assert upstream.resolve("ns/ours:1").digest == pushed.digest
     for arguments, told in {

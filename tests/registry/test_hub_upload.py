@@ -102,6 +102,12 @@ def blobs(registry) -> set[str]:
     return {path.name for path in registry.store.place.blobs.glob("??/*")}
 
 
+def hub_file(hub, path: str, revision: str):
+    return hub.get_hf_file_metadata(
+        url=huggingface_hub.hf_hub_url(NAME, path, revision=revision, endpoint=hub.endpoint)
+    )
+
+
 # --- from an upload to a version ---
 
 
@@ -167,7 +173,10 @@ def test_a_name_with_uploads_alone(hub, local, folder, tmp_path):
             hub.model_info(NAME, revision=revision)
         with pytest.raises(RevisionNotFoundError):
             snapshot_download(NAME, revision=revision, endpoint=hub.endpoint, cache_dir=tmp_path / "cache")
-    assert not hub.file_exists(NAME, "README.md")
+    with pytest.raises(EntryNotFoundError):  # though it was uploaded
+        hub_file(hub, "README.md", "main")
+    with pytest.raises(RevisionNotFoundError):
+        hub_file(hub, "README.md", "production")
     kept = {"README.md", "adapter_model.safetensors"}
     delete = sorted(content(folder).keys() - kept)
     hub.upload_folder(repo_id=NAME, folder_path=folder, allow_patterns=["README.md"], delete_patterns=delete)
@@ -231,6 +240,18 @@ def test_an_upload_of_several_commits(hub, local, folder, monkeypatch):
     assert "in parts (part 4)" in local.drafts.find(NAME).messages
     hub.create_tag(NAME, tag="v1")
     assert {entry.path for entry in local.manifest(local.resolve(NAME).digest).files} == content(folder).keys()
+
+
+def test_deleting_again_what_main_still_shows(hub, local, folder, base):
+    """Clients list what to delete by main, which shows a file until a tag, though the draft has lost it."""
+    local.push(NAME, folder, base=base)
+    for _ in range(2):
+        hub.upload_folder(
+            repo_id=NAME, folder_path=folder, allow_patterns=["*.md"], delete_patterns=["notes/*", "rec*"]
+        )
+        assert draft(local).keys() == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    hub.delete_folder("notes", NAME)
+    hub.delete_file("receipt.json", NAME)
 
 
 def test_two_clients_commit_at_once(url, local):
@@ -315,6 +336,26 @@ def test_a_tag_after_a_lost_answer(hub, local, folder, monkeypatch):
     assert local.drafts.find(NAME) is None
 
 
+def test_a_commit_while_a_tag_is_made_is_kept(hub, local, folder, monkeypatch):
+    """It comes after the files were taken for the version: it is no part of it, and waits for the next."""
+    hub.create_repo(NAME)
+    hub.upload_folder(repo_id=NAME, folder_path=folder)
+    promote = local.promote
+
+    def late(*arguments, **options):
+        hub.upload_file(path_or_fileobj=b"late", path_in_repo="late.txt", repo_id=NAME)
+        return promote(*arguments, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(local, "promote", late)
+        hub.create_tag(NAME, tag="production")
+    assert versions(local) == [1]
+    assert draft(local).keys() == {"late.txt", *content(folder)}
+    hub.create_tag(NAME, tag="v2")
+    first, second = (local.manifest(version.digest).files for version in local.versions(NAME))
+    assert {entry.path for entry in second} - {entry.path for entry in first} == {"late.txt"}
+
+
 # --- bases ---
 
 
@@ -339,6 +380,10 @@ def test_the_base_is_one_that_the_operator_named(local, base, tmp_path, trusted)
             hub.create_tag(NAME, tag=f"v{number}")
             found = local.resolve(f"{NAME}:{number}").base
             assert (found.id, found.fingerprint) == (word, local.resolve("known").base.fingerprint)
+        upload(hub, "ns/other", Adapter(config={"base_model_name_or_path": "org/other"}), tmp_path / "other")
+        with pytest.raises(HfHubHTTPError, match=r"'org/other' is neither .*\(trusted are (tiny/)?base\)") as caught:
+            hub.create_tag("ns/other", tag="v1")
+        assert str(base) not in str(caught.value)  # where bases lie on the server
         upload(hub, "ns/receipt", Adapter(), tmp_path / "receipt", make_receipt(base))
         hub.create_tag("ns/receipt", tag="v1")  # a receipt's fingerprint says more than a name
 
@@ -418,6 +463,11 @@ def test_publish(url, hub, local, folder, base, tmp_path, how):
         assert (again.number, again.pushed) == (1, False)
         with pytest.raises(NoDraft):
             registry.publish_draft(NAME, base=base)
+        hub.upload_file(path_or_fileobj=b"a", path_in_repo="a.txt", repo_id=NAME)
+        registry.discard_draft(NAME)
+        assert (draft(local), versions(local)) == ({}, [1])
+        with pytest.raises(NoDraft):
+            registry.discard_draft(NAME)
 
 
 def test_the_publish_command(url, hub, local, base, tmp_path):
@@ -430,6 +480,10 @@ def test_the_publish_command(url, hub, local, base, tmp_path):
         assert local.resolve(f"{name}:1").message == "by hand"
         done = CliRunner().invoke(cli, ["--registry", where, "publish", name])
         assert (done.exit_code, done.stderr) == (1, f"error: no unpublished files of '{name}'\n")
+        hub.upload_file(path_or_fileobj=b"a", path_in_repo="a.txt", repo_id=name)
+        done = CliRunner().invoke(cli, ["--registry", where, "discard", name])
+        assert (done.exit_code, done.stdout) == (0, f"discarded the unpublished files of {name}\n")
+        assert draft(local, name) == {}
     upload(hub, "ns/baseless", Adapter(), tmp_path / "adapter")
     done = CliRunner().invoke(cli, ["--registry", str(local.root), "publish", "ns/baseless"])
     assert (done.exit_code, done.stderr.count("\n")) == (1, 1)
@@ -560,6 +614,11 @@ def test_more_bytes_than_the_registry_takes(local, tmp_path):
             hub.create_commit(NAME, files, commit_message="too much")
         assert caught.value.response.status_code == 413
         assert (draft(small), blobs(small)) == ({}, set())
+        hub.create_commit(NAME, files[:2], commit_message="two fit")
+        with pytest.raises(HfHubHTTPError, match="would have 1,200,000 bytes, at most 1,000,000") as caught:
+            hub.create_commit(NAME, files[2:3], commit_message="a third does not")
+        assert caught.value.response.status_code == 413
+        assert len(draft(small)) == 2
 
 
 def test_what_the_hub_does_and_this_registry_does_not(hub, local, folder, base):
@@ -653,8 +712,10 @@ def test_gc_keeps_what_a_draft_holds(hub, local, folder, base):
     assert local.verify() == []
 
 
-def test_drafts_in_postgresql(database, folder, base, tmp_path):
-    with Registry(tmp_path / "registry", database=database) as shared:
+@pytest.mark.parametrize("blobs_in", ["folder", "bucket"])
+def test_drafts_in_postgresql(database, folder, base, tmp_path, request, blobs_in):
+    store = request.getfixturevalue("bucket") if blobs_in == "bucket" else None
+    with Registry(tmp_path / "registry", database=database, store=store) as shared:
         app = create_app(shared, bases=TrustedBases.describe([f"tiny/base={base}"]))
         with serving(app) as url, ThreadPoolExecutor(4) as pool, httpx.Client() as web:
             hub = HfApi(endpoint=url, token=False)
@@ -843,6 +904,7 @@ def test_a_client_that_goes_away(local, base):
 _PEFT = """
 import sys
 import torch
+from huggingface_hub import HfApi
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -851,7 +913,12 @@ def answer(adapter, **options):
     with torch.no_grad():
         return model(torch.arange(12)[None]).logits
 
-assert torch.equal(answer("ns/tagger", revision="production"), answer(sys.argv[2]))
+expected = answer(sys.argv[2])
+assert torch.equal(answer("ns/tagger", revision="production"), expected)
+trained = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(sys.argv[1]), sys.argv[2])
+trained.push_to_hub("ns/pushed", commit_message="by peft itself")
+HfApi().create_tag("ns/pushed", tag="v1")
+assert torch.equal(answer("ns/pushed"), expected)
 """
 
 
@@ -885,3 +952,4 @@ def test_the_hf_command_uploads_and_peft_loads(tmp_path):
     with Registry(tmp_path / "registry") as registry:
         version = registry.resolve(f"{NAME}@production")
         assert (version.number, version.created_by, version.message) == (1, "ada", "trained")
+        assert registry.resolve("ns/pushed:1").message == "by peft itself"

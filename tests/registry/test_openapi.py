@@ -85,10 +85,17 @@ def test_answers_are_as_told(local):
         ("GET", "/v1/protections", {}, {}),
         ("POST", "/v1/unprotect", {}, {"json": {"ref": "quotes-tagger@production"}}),
         ("GET", "/v1/whoami", {}, {}),
+        ("GET", "/v1/uploads/{digest}", {"digest": new}, {}),
         ("GET", "/v1/tokens", {}, {}),
     ]
     # These need a draft, an approver or a first token, or have no end.
-    elsewhere = {"/v1/adapters/{name}/publish", "/v1/watch", "/v1/approve", "/v1/tokens/revoke"}
+    elsewhere = {
+        "/v1/adapters/{name}/publish",
+        "/v1/adapters/{name}/discard",
+        "/v1/watch",
+        "/v1/approve",
+        "/v1/tokens/revoke",
+    }
     assert {path for _, path, *_ in asked} == {path for _, path in OPERATIONS} - elsewhere
     with served(local) as url:
         told = schemathesis.openapi.from_url(f"{url}/v1/openapi.json")

@@ -136,6 +136,27 @@ def test_gc_waits_for_who_publishes_elsewhere(push, registry, other):
     assert not collector.is_alive()
 
 
+def test_gc_gets_its_connections_however_many_wait_for_it(push, registry):
+    """Forty pushes of one process, which gc keeps waiting, do not keep from it what it needs to end."""
+    push()
+
+    def publish(_) -> None:
+        with registry.catalog.publishing():
+            pass
+
+    with ThreadPoolExecutor(40) as pool:
+        with registry.catalog.collecting():
+            waiting = [pool.submit(publish, i) for i in range(40)]
+            time.sleep(0.5)
+            started = time.monotonic()
+            with registry.catalog.forgetting(0, None, "ada", True) as (_, _, held):
+                assert held == {registry.resolve("quotes-tagger").digest}
+            assert time.monotonic() - started < 5
+            assert not any(one.done() for one in waiting)
+        for one in waiting:
+            one.result(10)
+
+
 def test_who_lost_the_lock_while_it_published_writes_no_row(push, registry, other, base, tmp_path, monkeypatch):
     """gc may have removed its blobs since. The push is repeated, and whole then."""
     push()
@@ -330,7 +351,8 @@ def test_the_command_serves_from_a_database(database, base, tmp_path):
             code = "from loraplex_registry.cli import main; main()"
             servers.append(run_python(code, *words, stderr=subprocess.PIPE))
             line = servers[-1].stderr.readline()
-            assert line.startswith(f"registry {tmp_path / 'registry'} at http://127.0.0.1:")
+            at = f"postgresql://postgres@{database.partition('@')[2]}"
+            assert line.startswith(f"registry {tmp_path / 'registry'}, {at} at http://127.0.0.1:")
             urls.append(line.split()[-1])
         with RemoteRegistry(urls[0]) as one, RemoteRegistry(urls[1]) as two, two.watch() as moves:
             version = one.push("quotes-tagger", folder, base=base)

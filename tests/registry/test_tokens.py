@@ -21,6 +21,7 @@ from loraplex_registry.errors import (
     CorruptBlob,
     Forbidden,
     InvalidRequest,
+    StoreUnavailable,
     Unauthorized,
     UnknownAdapter,
     UnknownToken,
@@ -138,6 +139,19 @@ def test_no_secret_is_kept_or_told_twice(two, url, tmp_path, caplog):
         assert not file.is_file() or made.secret.encode() not in file.read_bytes()
         assert not file.is_file() or made.secret[4:].encode() not in file.read_bytes()
     assert made.secret not in caplog.text
+
+
+def test_tokens_in_postgresql(tmp_path, database):
+    with Registry(tmp_path / "registry", database=database) as local, served(local) as url:
+        made = local.tokens.create("ci", ["push"], "quotes-", 3600)
+        with RemoteRegistry(url, made.secret) as ci:
+            assert ci.whoami() == made.token.identity
+            assert local.tokens.revoke(made.token.id).state == "revoked"
+            with pytest.raises(Unauthorized):
+                ci.whoami()
+        assert [act.action for act in local.audit()] == ["token revoke", "token create"]
+        with pytest.raises(StoreUnavailable, match="the ledger of acts is append-only"), local.catalog.writing() as db:
+            db.exec_driver_sql("DELETE FROM acts")
 
 
 # --- who is let in ---

@@ -42,6 +42,13 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace 
 {{- .Values.model.cache.existingClaim | default (printf "%s-cache" (include "loraplex.fullname" .)) }}
 {{- end }}
 
+{{- /* Whether the registry keeps something of its own: "yes", or nothing with a database and an object store. */ -}}
+{{- define "loraplex.registryVolume" -}}
+{{- if not (and .Values.registry.database.existingSecret .Values.registry.store.url) -}}
+yes
+{{- end }}
+{{- end }}
+
 {{- define "loraplex.registryUrl" -}}
 {{- if .Values.registry.enabled -}}
 http://{{ include "loraplex.fullname" . }}-registry:{{ .Values.registry.port }}
@@ -98,6 +105,12 @@ capabilities: {drop: [ALL]}
 {{- end }}
 {{- if and .Values.registry.enabled .Values.registry.tokens.existingSecret (not .Values.registry.serverToken.existingSecret) }}
 {{- fail "registry.tokens.existingSecret is set and registry.serverToken.existingSecret is empty: the servers need one of the tokens to read" }}
+{{- end }}
+{{- if and (gt (int .Values.registry.replicas) 1) (include "loraplex.registryVolume" .) }}
+{{- fail "registry.replicas is more than 1: set registry.database.existingSecret and registry.store.url, which several registries can share" }}
+{{- end }}
+{{- if and .Values.registry.store.existingSecret (not .Values.registry.store.url) }}
+{{- fail "registry.store.existingSecret is set and registry.store.url is empty: name the store, as s3://bucket/prefix" }}
 {{- end }}
 {{- if and $cache.persistent $several (not $cache.existingClaim) (hasPrefix "ReadWriteOnce" $cache.accessMode) }}
 {{- fail "model.cache.accessMode allows one node while several servers share the cache: set ReadWriteMany, or model.cache.persistent=false" }}
