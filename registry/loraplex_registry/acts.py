@@ -19,6 +19,7 @@ acts = sa.Table(
     sa.Column("who", sa.Text, nullable=False),
     sa.Column("at", sa.Text, nullable=False),
     sa.Column("reason", sa.Text, nullable=False),
+    sa.Index("acts_by_time", "at", "id"),
 )
 
 

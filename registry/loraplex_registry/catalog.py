@@ -4,7 +4,7 @@ Allots version numbers and moves aliases, each in one transaction. Knows no file
 """
 
 import difflib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import UTC, datetime, timedelta
@@ -13,7 +13,6 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from .acts import acts as _acts
 from .database import Database, Writing
 from .errors import (
     DeletedVersion,
@@ -29,90 +28,27 @@ from .errors import (
     UnknownVersion,
     VersionInUse,
 )
-from .manifest import BaseRef
-from .query import NUMBERS, SIGNS, Comparison, Field
+from .query import Comparison
 from .reference import Reference
-from .schema import METADATA
-from .version import Act, AliasMove, Deletion, Version, previous_target
+from .tables import EVERY as _EVERY
+from .tables import HELD as _HELD
+from .tables import LIVE as _LIVE
+from .tables import SELECT as _SELECT
+from .tables import alias_move_of as _alias_move
+from .tables import alias_moves as _moves
+from .tables import aliases as _aliases
+from .tables import deletions as _deletions
+from .tables import metric_rows
+from .tables import metrics as _metrics
+from .tables import row_of as _row
+from .tables import tag_changes as _tag_changes
+from .tables import tags as _tags
+from .tables import version_of as _version
+from .tables import versions as _versions
+from .version import AliasMove, Deletion, Version, previous_target
 
 PRODUCTION = "production"
 Unmet = Callable[[sa.Connection, Version, str], list[str]]  # what an alias's rule asks and the version does not have
-
-_Long = sa.Integer().with_variant(sa.BigInteger(), "postgresql")  # SQLite's integers have 64 bits anyway
-_metadata = METADATA
-_versions = sa.Table(
-    "versions",
-    _metadata,
-    sa.Column("name", sa.Text, primary_key=True),
-    sa.Column("number", sa.Integer, primary_key=True),
-    sa.Column("digest", sa.Text, nullable=False, index=True),
-    sa.Column("base_id", sa.Text, nullable=False),
-    sa.Column("base_revision", sa.Text),
-    sa.Column("base_fingerprint", sa.Text),
-    sa.Column("base_quantization", sa.Text),
-    sa.Column("rank", sa.Integer, nullable=False),
-    sa.Column("targets", sa.JSON, nullable=False),
-    sa.Column("bytes", _Long, nullable=False),
-    sa.Column("metrics", sa.JSON, nullable=False),
-    sa.Column("parent", sa.Text),
-    sa.Column("created_at", sa.Text, nullable=False),
-    sa.Column("created_by", sa.Text, nullable=False),
-    sa.Column("message", sa.Text, nullable=False),
-    sa.Column("deleted_at", sa.Text),  # the row stays, so that its number is never given again
-    sa.UniqueConstraint("name", "digest"),
-)
-_aliases = sa.Table(
-    "aliases",
-    _metadata,
-    sa.Column("name", sa.Text, primary_key=True),
-    sa.Column("alias", sa.Text, primary_key=True),
-    sa.Column("number", sa.Integer, nullable=False),
-    sa.ForeignKeyConstraint(["name", "number"], ["versions.name", "versions.number"]),
-)
-_moves = sa.Table(
-    "alias_moves",
-    _metadata,
-    sa.Column("id", sa.Integer, primary_key=True),
-    sa.Column("name", sa.Text, nullable=False),
-    sa.Column("alias", sa.Text, nullable=False),
-    sa.Column("from_number", sa.Integer),
-    sa.Column("to_number", sa.Integer, nullable=False),
-    sa.Column("who", sa.Text, nullable=False),
-    sa.Column("at", sa.Text, nullable=False),
-    sa.Column("reason", sa.Text, nullable=False),
-    sa.Column("action", sa.Text, nullable=False),
-    sa.Index("alias_moves_by_alias", "name", "alias", "id"),
-)
-_deletions = sa.Table(
-    "deletions",
-    _metadata,
-    sa.Column("id", sa.Integer, primary_key=True),
-    sa.Column("name", sa.Text, nullable=False),
-    sa.Column("number", sa.Integer, nullable=False),
-    sa.Column("action", sa.Text, nullable=False),
-    sa.Column("who", sa.Text, nullable=False),
-    sa.Column("at", sa.Text, nullable=False),
-    sa.Column("reason", sa.Text, nullable=False),
-    sa.Index("deletions_by_version", "name", "number", "id"),
-)
-
-_names_of = (
-    sa.select(sa.func.aggregate_strings(_aliases.c.alias, " "))
-    .where(_aliases.c.name == _versions.c.name, _aliases.c.number == _versions.c.number)
-    .scalar_subquery()
-    .label("aliases")
-)
-_LIVE = _versions.c.deleted_at.is_(None)
-_last_action = (
-    sa.select(_deletions.c.action)
-    .where(_deletions.c.name == _versions.c.name, _deletions.c.number == _versions.c.number)
-    .order_by(_deletions.c.id.desc())
-    .limit(1)
-    .scalar_subquery()
-)
-_HELD = sa.or_(_LIVE, _last_action != "purge")  # its bytes are there: it can be read, or restored
-_EVERY = sa.select(_versions, _names_of)
-_SELECT = _EVERY.where(_LIVE)
 
 
 class Catalog:
@@ -142,33 +78,10 @@ class Catalog:
                 raise self._not_found(db, Reference(name))
         return [_version(row) for row in rows]
 
-    def newest(self) -> list[Version]:
-        """The newest version of each name, by name."""
-        last = sa.select(_versions.c.name, sa.func.max(_versions.c.number)).where(_LIVE).group_by(_versions.c.name)
-        newest = _SELECT.where(sa.tuple_(_versions.c.name, _versions.c.number).in_(last)).order_by(_versions.c.name)
-        with self._read() as db:
-            return [_version(row) for row in db.execute(newest)]
-
     def all(self) -> list[Version]:
         """Every version, by name and number."""
         with self._read() as db:
             return [_version(row) for row in db.execute(_SELECT.order_by(_versions.c.name, _versions.c.number))]
-
-    def search(
-        self, terms: Sequence[Comparison | Field], key: str, highest: bool, limit: int, prefix: str = ""
-    ) -> list[Version]:
-        """At most ``limit`` versions for which all terms hold, sorted by a key; those that lack it come last.
-
-        Of names that begin with a prefix.
-        """
-        words = {"name": _versions.c.name, "created": _versions.c.created_at}
-        column = words[key] if key in words else _column(key)
-        order = sa.nulls_last(column.desc() if highest else column.asc())
-        found = _SELECT.where(*map(_holds, terms), *_begins(_versions.c.name, prefix)).order_by(
-            order, _versions.c.name, _versions.c.number.desc()
-        )
-        with self._read() as db:
-            return [_version(row) for row in db.execute(found.limit(limit))]
 
     def aliases(self) -> dict[str, dict[str, int]]:
         """Where every alias points: name → alias → version number."""
@@ -198,35 +111,6 @@ class Catalog:
         found = rows.order_by(_moves.c.id).limit(limit)
         with self._read() as db:
             return [_alias_move(row) for row in db.execute(found)]
-
-    def audit(self, name: str | None, limit: int, prefix: str = "") -> list[Act]:
-        """What was done, newest first, at most ``limit``: to a name, or to all that begin with a prefix.
-
-        Raises UnknownAdapter.
-        """
-        version = _versions.c.name + ":" + _text(_versions.c.number)
-        pushes = sa.select(
-            _versions.c.created_at.label("at"),
-            _versions.c.created_by.label("who"),
-            sa.literal("push").label("action"),
-            version.label("subject"),
-            _versions.c.message.label("reason"),
-            _versions.c.name,
-        )
-        came_from = sa.func.coalesce(_text(_moves.c.from_number) + " → ", "")
-        moved = _moves.c.name + "@" + _moves.c.alias + ": " + came_from + _text(_moves.c.to_number)
-        moves = sa.select(_moves.c.at, _moves.c.who, _moves.c.action, moved, _moves.c.reason, _moves.c.name)
-        gone = _deletions.c
-        hidden = gone.name + ":" + _text(gone.number)
-        deletions = sa.select(gone.at, gone.who, gone.action, hidden, gone.reason, gone.name)
-        other = sa.select(_acts.c.at, _acts.c.who, _acts.c.action, _acts.c.subject, _acts.c.reason, _acts.c.name)
-        acts = sa.union_all(pushes, moves, deletions, other).subquery()
-        found = sa.select(acts).where(*_begins(acts.c.name, prefix)).order_by(acts.c.at.desc()).limit(limit)
-        with self._read() as db:
-            rows = db.execute(found.where(acts.c.name == name) if name else found).all()
-            if name and not rows:
-                raise self._not_found(db, Reference(name))
-        return [Act(datetime.fromisoformat(row.at), row.who, row.action, row.subject, row.reason) for row in rows]
 
     def digests(self, prefix: str) -> list[str]:
         """The digests of all versions, deleted ones too, of names that begin with a prefix."""
@@ -266,6 +150,8 @@ class Catalog:
                 return _version(same)
             version = replace(draft, number=own, pushed=True)
             db.execute(_versions.insert().values(_row(version)))
+            if version.metrics:
+                db.execute(_metrics.insert(), metric_rows(version))
         return version
 
     def promote(
@@ -297,6 +183,33 @@ class Catalog:
             if target not in [move.to_number for move in moves]:
                 _hold_to(rule(db, version, alias), version, alias)
             return self._move(db, name, alias, target, who, reason, "rollback")
+
+    def remove_alias(
+        self, name: str, alias: str, who: str, reason: str, *, protects: Callable[[sa.Connection, str, str], bool]
+    ) -> AliasMove:
+        """Let an alias point to nothing. Raises UnknownAdapter, UnknownAlias, RequirementNotMet."""
+        with self._write() as db:
+            if db.scalar(sa.select(_aliases.c.number).filter_by(name=name, alias=alias)) is None:
+                raise self._not_found(db, Reference(name, alias=alias))
+            if protects(db, name, alias):
+                raise RequirementNotMet(f"{name}@{alias} is not removed: it is protected; unprotect it first")
+            return self._move(db, name, alias, None, who, reason, "remove")
+
+    def tag(self, ref: Reference, add: Collection[str], remove: Collection[str], who: str) -> Version:
+        """Put tags on a version and take others off; the ledger gets a row for each that changes. Raises NotFound."""
+        with self._write() as db:
+            version = self._resolve(db, ref)
+            key, at = {"name": version.name, "number": version.number}, datetime.now(UTC).isoformat()
+            new, gone = sorted(set(add) - {*version.tags}), sorted({*version.tags} & set(remove) - set(add))
+            for tag in gone:
+                db.execute(_tags.delete().filter_by(**key, tag=tag))
+            for tag in new:
+                db.execute(_tags.insert().values(key | {"tag": tag}))
+            for action, changed in (("untag", gone), ("tag", new)):
+                for tag in changed:
+                    row = key | {"tag": tag, "action": action, "who": who, "at": at}
+                    db.execute(_tag_changes.insert().values(row))
+            return self._resolve(db, Reference(version.name, version=version.number))
 
     def delete(self, name: str, number: int, who: str, reason: str) -> Deletion:
         """Hide a version, until it is restored. Raises NotFound, VersionInUse."""
@@ -368,12 +281,16 @@ class Catalog:
             raise self._not_found(db, Reference(name, alias=alias))
         return [_alias_move(row) for row in rows]
 
-    def _move(self, db: sa.Connection, name: str, alias: str, to: int, who: str, reason: str, action: str) -> AliasMove:
+    def _move(
+        self, db: sa.Connection, name: str, alias: str, to: int | None, who: str, reason: str, action: str
+    ) -> AliasMove:
         key = {"name": name, "alias": alias}
         now = db.scalar(sa.select(_aliases.c.number).filter_by(**key))
         if now == to:
             return replace(self._history(db, name, alias)[-1], moved=False)
-        if now is None:
+        if to is None:
+            db.execute(_aliases.delete().filter_by(**key))
+        elif now is None:
             db.execute(_aliases.insert().values(key | {"number": to}))
         else:
             db.execute(_aliases.update().filter_by(**key).values(number=to))
@@ -450,70 +367,3 @@ def _hold_to(unmet: list[str], version: Version, alias: str) -> None:
 
 def _begins(column: sa.ColumnElement[Any], prefix: str) -> tuple[sa.ColumnElement[bool], ...]:
     return (column.startswith(prefix, autoescape=True),) if prefix else ()
-
-
-def _text(column: sa.ColumnElement[Any]) -> sa.ColumnElement[str]:
-    return sa.cast(column, sa.Text)
-
-
-def _column(key: str) -> sa.ColumnElement[Any]:
-    """What NUMBERS, or else a metric, are of a version."""
-    numbers: dict[str, sa.ColumnElement[Any]] = {
-        "rank": _versions.c.rank,
-        "bytes": _versions.c.bytes,
-        "version": _versions.c.number,
-    }
-    assert tuple(numbers) == NUMBERS
-    return numbers[key] if key in numbers else _versions.c.metrics[key].as_float()
-
-
-def _holds(term: Comparison | Field) -> sa.ColumnElement[bool]:
-    if isinstance(term, Comparison):
-        return SIGNS[term.sign](_column(term.key), term.number)
-    text = term.text
-    match term.field:
-        case None:
-            places = (_versions.c.name, _versions.c.message)
-            return sa.or_(*(place.icontains(text, autoescape=True) for place in places))
-        case "alias":
-            named = sa.select(_aliases.c.number).where(
-                _aliases.c.name == _versions.c.name, _aliases.c.number == _versions.c.number, _aliases.c.alias == text
-            )
-            return named.exists()
-        case "target":
-            return sa.cast(_versions.c.targets, sa.Text).contains(f'"{text}"', autoescape=True)
-        case "digest" | "parent":
-            digest = _versions.c.digest if term.field == "digest" else _versions.c.parent
-            return digest.startswith("sha256:" + text.removeprefix("sha256:"), autoescape=True)
-    column = {"name": _versions.c.name, "base": _versions.c.base_id, "by": _versions.c.created_by}[term.field]
-    return column.icontains(text, autoescape=True)
-
-
-def _version(row: sa.Row[Any]) -> Version:
-    base = BaseRef(row.base_id, row.base_revision, row.base_fingerprint, row.base_quantization)
-    return Version(
-        name=row.name,
-        number=row.number,
-        digest=row.digest,
-        base=base,
-        rank=row.rank,
-        targets=tuple(row.targets),
-        bytes=row.bytes,
-        metrics=row.metrics,
-        parent=row.parent,
-        created_at=datetime.fromisoformat(row.created_at),
-        created_by=row.created_by,
-        message=row.message,
-        aliases=tuple(sorted((row.aliases or "").split())),
-    )
-
-
-def _row(version: Version) -> dict[str, Any]:
-    row = asdict(version) | {f"base_{key}": value for key, value in asdict(version.base).items()}
-    row |= {"targets": list(version.targets), "created_at": version.created_at.isoformat(), "deleted_at": None}
-    return {column.name: row[column.name] for column in _versions.columns}
-
-
-def _alias_move(row: sa.Row[Any]) -> AliasMove:
-    move = AliasMove(row.name, row.alias, row.from_number, row.to_number, row.who, row.at, row.reason, row.action)
-    return replace(move, at=datetime.fromisoformat(row.at), id=row.id)

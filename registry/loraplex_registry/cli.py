@@ -15,20 +15,24 @@ from typing import Any
 import click
 from rich.console import Console
 from rich.filesize import decimal
+from rich.markdown import Markdown
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.table import Table
 
 from .archive import export_versions, import_versions
+from .card import body_of
+from .completion import SHELLS, ReferenceType, script
 from .database import upgrade_catalog
 from .diff import Diff, compare
 from .errors import InvalidAdapter, InvalidReference, RegistryError, StoreUnavailable
+from .pages import PAGE_LIMIT, pages, take
 from .rates import Rate
-from .reference import HubReference, Reference, check_name, parse_alias
-from .registry import AUDIT_LIMIT, CATALOG, SEARCH_LIMIT, Registry
+from .reference import HubReference, Reference, check_name, check_tag, parse_alias
+from .registry import CATALOG, Registry
 from .remote import DATABASE, RemoteRegistry, open_registry
 from .signing import PublicKey, Signature, check_signed
 from .trusted_bases import TrustedBases
-from .version import Act, AliasMove, Fault, Version
+from .version import Act, AliasMove, Dataset, Fault, Lineage, Version
 from .wire import dump
 
 LARGE_BYTES = 16 << 20
@@ -83,6 +87,7 @@ def verb(function: Callable[..., None], group: click.Group | None = None) -> cli
 database_option = click.option(
     "--database", metavar="URL", help="postgresql://…, the catalog's; also LORAPLEX_REGISTRY_DATABASE."
 )
+REF, NAME = ReferenceType(), ReferenceType(bare=True)
 signed_by = click.option(
     "--signed-by",
     "key_files",
@@ -104,16 +109,19 @@ def opened() -> Iterator[Registry | RemoteRegistry]:
 
 
 @verb
-@click.argument("name")
+@click.argument("name", type=NAME)
 @click.argument("folder", metavar="[DIR]", required=False)
 @click.option("--base", metavar="ID_OR_PATH", help="The base to check against; default: what the adapter says.")
 @click.option("--message", "-m", default="", help="What is new, for people.")
-def push(name: str, folder: str | None, base: str | None, message: str) -> None:
+@click.option("--tag", "tags", multiple=True, help="A tag for the version, new or not. Repeatable.")
+def push(name: str, folder: str | None, base: str | None, message: str, tags: tuple[str, ...]) -> None:
     """Check an adapter folder and keep it as the next version of NAME.
 
     Without DIR: ./adapters/NAME, then adapters/NAME in LORAPLEX_HOME. DIR may be hf://owner/repo[@revision].
     """
     check_name(name)
+    for tag in tags:
+        check_tag(tag)
     with opened() as registry, tempfile.TemporaryDirectory() as temporary:
         if folder and folder.startswith("hf://"):
             from .hub import fetch_from_hub, find_on_hub  # here: it costs a third of a second that others need not pay
@@ -126,11 +134,13 @@ def push(name: str, folder: str | None, base: str | None, message: str) -> None:
         total_bytes = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
         with _transfer(f"push {name}", total_bytes) as progress:
             version = registry.push(name, path, base=base, message=message, progress=progress)
+        if tags:
+            registry.tag(str(version), tags)
     _say_pushed(version, "pushed")
 
 
 @verb
-@click.argument("name")
+@click.argument("name", type=NAME)
 @click.option("--base", metavar="ID_OR_PATH", help="The base to check against; default: what the registry trusts.")
 @click.option("--message", "-m", default="", help="What is new, for people; default: what the commits said.")
 def publish(name: str, base: str | None, message: str) -> None:
@@ -141,7 +151,7 @@ def publish(name: str, base: str | None, message: str) -> None:
 
 
 @verb
-@click.argument("name")
+@click.argument("name", type=NAME)
 def discard(name: str) -> None:
     """Forget the files that Hub clients uploaded to NAME and nobody published. Its versions stay."""
     with opened() as registry:
@@ -150,7 +160,7 @@ def discard(name: str) -> None:
 
 
 @verb
-@click.argument("ref")
+@click.argument("ref", type=REF)
 @click.option("--to", "alias", required=True, metavar="ALIAS", help="The alias to move, for instance production.")
 @click.option("--reason", default="", help="Why, for the ledger.")
 @click.option("--require", multiple=True, metavar="COMPARISON", help="What must hold, as 'f1>=0.9'. Repeatable.")
@@ -161,7 +171,7 @@ def promote(ref: str, alias: str, reason: str, require: tuple[str, ...]) -> None
 
 
 @verb
-@click.argument("ref", metavar="NAME@ALIAS")
+@click.argument("ref", type=REF, metavar="NAME@ALIAS")
 @click.option("--to", "number", type=click.IntRange(1), metavar="VERSION", help="Default: the previous target.")
 @click.option("--reason", default="", help="Why, for the ledger.")
 def rollback(ref: str, number: int | None, reason: str) -> None:
@@ -170,8 +180,68 @@ def rollback(ref: str, number: int | None, reason: str) -> None:
         _say_move(registry.rollback(ref, number, reason))
 
 
+@cli.group()
+def alias() -> None:
+    """Set and remove aliases, and tell where they pointed."""
+
+
+@alias.command("set")
+@click.argument("ref", type=REF)
+@click.argument("name", metavar="ALIAS")
+@click.option("--reason", default="", help="Why, for the ledger.")
+def set_alias(ref: str, name: str, reason: str) -> None:
+    """Point ALIAS at a version: `registry promote` without requirements."""
+    with opened() as registry:
+        _say_move(registry.promote(ref, name, reason))
+
+
+@alias.command("rm")
+@click.argument("ref", type=REF, metavar="NAME@ALIAS")
+@click.option("--reason", default="", help="Why, for the ledger.")
+def remove_alias(ref: str, reason: str) -> None:
+    """Remove an alias. Without `production`, a bare NAME means the newest version."""
+    with opened() as registry:
+        _say_move(registry.remove_alias(ref, reason))
+
+
+@alias.command("history")
+@click.argument("ref", type=REF, metavar="NAME@ALIAS")
+@output_format
+@click.pass_context
+def alias_history(ctx: click.Context, ref: str, style: str) -> None:
+    """Every move of an alias, newest first: `registry history`."""
+    ctx.invoke(history, ref=ref, style=style)
+
+
+@cli.group("tag")
+def tag_group() -> None:
+    """Put tags on versions, for `registry search tag:…`, and take them off."""
+
+
+@tag_group.command("add")
+@click.argument("ref", type=REF)
+@click.argument("tags", nargs=-1, required=True, metavar="TAG...")
+def add_tags(ref: str, tags: tuple[str, ...]) -> None:
+    """Put tags on a version."""
+    with opened() as registry:
+        _say_tags(registry.tag(ref, add=tags))
+
+
+@tag_group.command("rm")
+@click.argument("ref", type=REF)
+@click.argument("tags", nargs=-1, required=True, metavar="TAG...")
+def remove_tags(ref: str, tags: tuple[str, ...]) -> None:
+    """Take tags off a version."""
+    with opened() as registry:
+        _say_tags(registry.tag(ref, remove=tags))
+
+
+def _say_tags(version: Version) -> None:
+    click.echo(f"{version}: {', '.join(version.tags) or 'no tags'}")
+
+
 @verb
-@click.argument("ref", metavar="NAME:VERSION")
+@click.argument("ref", type=REF, metavar="NAME:VERSION")
 @click.option("--reason", default="", help="Why, for the ledger.")
 def delete(ref: str, reason: str) -> None:
     """Hide a version: it neither resolves nor is listed. Refused while an alias points to it."""
@@ -180,7 +250,7 @@ def delete(ref: str, reason: str) -> None:
 
 
 @verb
-@click.argument("ref", metavar="NAME:VERSION")
+@click.argument("ref", type=REF, metavar="NAME:VERSION")
 @click.option("--reason", default="", help="Why, for the ledger.")
 def restore(ref: str, reason: str) -> None:
     """Bring a deleted version back."""
@@ -214,7 +284,7 @@ def gc(dry_run: bool, grace_seconds: int, keep: int | None) -> None:
 
 
 @verb
-@click.argument("ref")
+@click.argument("ref", type=REF)
 @click.argument("folder", metavar="[DIR]", required=False)
 @signed_by
 def pull(ref: str, folder: str | None, key_files: tuple[Path, ...]) -> None:
@@ -227,7 +297,7 @@ def pull(ref: str, folder: str | None, key_files: tuple[Path, ...]) -> None:
 
 
 @verb
-@click.argument("refs", nargs=-1, required=True, metavar="REF...")
+@click.argument("refs", type=REF, nargs=-1, required=True, metavar="REF...")
 @click.option("--output", "-o", required=True, type=click.Path(path_type=Path), help="A new file.")
 def export(refs: tuple[str, ...], output: Path) -> None:
     """Write versions to one file, for `registry import` elsewhere."""
@@ -251,31 +321,49 @@ def import_(file: Path, name: str | None, base: str | None) -> None:
 # --- questions ---
 
 
+most = click.option("--limit", type=click.IntRange(1), metavar="N", help="The most that are shown; default: all.")
+
+
 @verb
+@most
 @output_format
-def list_(style: str) -> None:
+def list_(limit: int | None, style: str) -> None:
     """The newest version of every adapter, and where its aliases point."""
     with opened() as registry:
-        versions, aliases, where = registry.list(), registry.aliases(), _where(registry)
+        size, left = min(limit or PAGE_LIMIT, PAGE_LIMIT), limit
+        shown: list[dict[str, Any]] = []
+        for number, page in enumerate(pages(lambda cursor: registry.list_page(size, cursor))):
+            versions, left = page.data[:left], left and left - len(page.data)
+            pointers = page.aliases
+            if style == "json":
+                shown += [_plain(version) | {"pointers": pointers.get(version.name, {})} for version in versions]
+            elif versions:
+                _print_newest(versions, pointers, header=number == 0)
+            else:
+                click.echo(f"no adapters yet in {_where(registry)}; keep the first with: registry push NAME [DIR]")
+            if left is not None and left <= 0:
+                break
     if style == "json":
-        _print_json([_plain(version) | {"pointers": aliases.get(version.name, {})} for version in versions])
-    elif not versions:
-        click.echo(f"no adapters yet in {where}; keep the first with: registry push NAME [DIR]")
-    else:
-        table = _table("adapter", "newest", "aliases", "base", "rank", "size", "metrics", "pushed")
-        for version in versions:
-            pointers = ", ".join(f"{alias} → {number}" for alias, number in aliases.get(version.name, {}).items())
-            table.add_row(version.name, str(version.number), pointers, *_facts(version), _when(version))
-        _print(table)
+        _print_json(shown)
+
+
+def _print_newest(versions: list[Version], pointers: dict[str, dict[str, int]], header: bool) -> None:
+    table = _table("adapter", "newest", "aliases", "base", "rank", "size", "metrics", "pushed")
+    table.show_header = header
+    for version in versions:
+        said = ", ".join(f"{alias} → {number}" for alias, number in pointers.get(version.name, {}).items())
+        table.add_row(version.name, str(version.number), said, *_facts(version), _when(version))
+    _print(table)
 
 
 @verb
-@click.argument("name")
+@click.argument("name", type=NAME)
+@most
 @output_format
-def versions(name: str, style: str) -> None:
+def versions(name: str, limit: int | None, style: str) -> None:
     """All versions of NAME, newest first."""
     with opened() as registry:
-        found = registry.versions(name)[::-1]
+        found = registry.versions(name)[::-1][:limit]
     _print_versions(found, style)
 
 
@@ -287,17 +375,17 @@ def versions(name: str, style: str) -> None:
     metavar="KEY",
     help="-KEY: the highest first.",
 )
-@click.option("--limit", default=50, type=click.IntRange(1, SEARCH_LIMIT), help="The most that are shown.")
+@click.option("--limit", default=50, type=click.IntRange(1), help="The most that are shown.")
 @output_format
 def search(terms: tuple[str, ...], sort: str, limit: int, style: str) -> None:
     """Versions of any adapter for which every TERM holds.
 
     'f1>=0.9' or 'rank<=16' compares; base:tinyllama, name:, alias:production, target:q_proj, by:, digest: and parent:
-    look at a field; any other word is looked for in names and messages. KEY: a metric, rank, bytes, version, name or
-    created.
+    look at a field; so do tag:, dataset: and run:. Any other word is looked for in names, messages and descriptions.
+    KEY: a metric, rank, bytes, version, name, base, by or created.
     """
     with opened() as registry:
-        found = registry.search(" ".join(terms), sort, limit)
+        found = take(lambda size, cursor: registry.search_page(" ".join(terms), sort, size, cursor), limit)
     if not found and style == "table":
         click.echo("no version matches")
     else:
@@ -305,26 +393,29 @@ def search(terms: tuple[str, ...], sort: str, limit: int, style: str) -> None:
 
 
 @verb
-@click.argument("ref")
+@click.argument("ref", type=REF)
 @output_format
 def show(ref: str, style: str) -> None:
     """Everything about one version."""
     with opened() as registry:
         version = registry.resolve(ref)
-        manifest = registry.manifest(version.digest)
+        manifest, card = registry.manifest(version.digest), registry.card(version.digest)
         signatures = registry.signatures.of(version.digest)
     if style == "json":
         signed = [dump(Signature, one) | {"key_id": one.key_id} for one in signatures]
-        _print_json({"version": _plain(version), "manifest": json.loads(manifest.canonical()), "signatures": signed})
+        told = {"version": _plain(version), "manifest": json.loads(manifest.canonical()), "card": card}
+        _print_json(told | {"signatures": signed})
         return
-    base = version.base
+    base, template = version.base, version.lineage.template
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for key, value in {
         "version": version,
         "digest": version.digest,
+        "description": version.description or "none",
         "aliases": ", ".join(version.aliases) or "none",
+        "tags": ", ".join(version.tags) or "none",
         "base": base.id + (f" @ {base.revision}" if base.revision else ""),
         "fingerprint": base.fingerprint or "unknown",
         "quantization": base.quantization or "unknown",
@@ -332,6 +423,11 @@ def show(ref: str, style: str) -> None:
         "targets": ", ".join(version.targets),
         "metrics": _metrics(version) or "none",
         "parent": version.parent or "none",
+        "datasets": "\n".join(map(_dataset_line, version.lineage.datasets)) or "unknown",
+        "run": _run_line(version.lineage),
+        "prompt": "unknown" if template.prompt is None else repr(template.prompt),
+        "completion": "unknown" if template.completion is None else repr(template.completion),
+        "stop": ", ".join(map(repr, template.stop)) or "the end of the sequence",
         "pushed": f"{_when(version)} by {version.created_by}",
         "message": version.message or "none",
         "signed": "\n".join(f"{one.key_id} by {one.who}" for one in signatures) or "by nobody",
@@ -339,11 +435,14 @@ def show(ref: str, style: str) -> None:
     }.items():
         table.add_row(key, str(value))
     _print(table)
+    if card:
+        click.echo()
+        _print_card(card)
 
 
 @verb
-@click.argument("before", metavar="REF")
-@click.argument("after", metavar="REF")
+@click.argument("before", type=REF, metavar="REF")
+@click.argument("after", type=REF, metavar="REF")
 @click.option("--modules", default=10, type=click.IntRange(0), help="How many are shown, the furthest apart first.")
 @output_format
 def diff(before: str, after: str, modules: int, style: str) -> None:
@@ -372,7 +471,7 @@ def diff(before: str, after: str, modules: int, style: str) -> None:
 
 
 @verb
-@click.argument("ref", metavar="NAME@ALIAS")
+@click.argument("ref", type=REF, metavar="NAME@ALIAS")
 @output_format
 def history(ref: str, style: str) -> None:
     """Every move of an alias, newest first."""
@@ -384,12 +483,12 @@ def history(ref: str, style: str) -> None:
     table = _table("when", "from", "to", "how", "who", "reason")
     for move in moves:
         at = move.at.astimezone().strftime("%Y-%m-%d %H:%M:%S")
-        table.add_row(at, str(move.from_number or ""), str(move.to_number), move.action, move.who, move.reason)
+        table.add_row(at, str(move.from_number or ""), str(move.to_number or ""), move.action, move.who, move.reason)
     _print(table)
 
 
 @verb
-@click.argument("ref", metavar="[NAME[@ALIAS]]", required=False)
+@click.argument("ref", type=REF, metavar="[NAME[@ALIAS]]", required=False)
 @click.option("--after", type=click.IntRange(0), metavar="ID", help="From the ledger's row ID on; default: from now.")
 @output_format
 def watch(ref: str | None, after: int | None, style: str) -> None:
@@ -405,13 +504,13 @@ def watch(ref: str | None, after: int | None, style: str) -> None:
 
 
 @verb
-@click.argument("name", required=False)
-@click.option("--limit", default=50, type=click.IntRange(1, AUDIT_LIMIT), help="The most that are shown.")
+@click.argument("name", type=NAME, required=False)
+@click.option("--limit", default=50, type=click.IntRange(1), help="The most that are shown.")
 @output_format
 def audit(name: str | None, limit: int, style: str) -> None:
     """Who did what to NAME, or to all, and when and why; newest first."""
     with opened() as registry:
-        acts = registry.audit(name, limit)
+        acts = take(lambda size, cursor: registry.audit_page(name, size, cursor), limit)
     if style == "json":
         _print_json(dump(list[Act], acts))
         return
@@ -423,7 +522,7 @@ def audit(name: str | None, limit: int, style: str) -> None:
 
 
 @verb
-@click.argument("ref", required=False)
+@click.argument("ref", type=REF, required=False)
 @click.option("--all", "everything", is_flag=True, help="Every version; the default without REF.")
 @signed_by
 @output_format
@@ -535,7 +634,7 @@ def pull_(source: str, name: str | None, base: str | None, message: str, endpoin
 
 
 @partial(verb, group=hub)
-@click.argument("ref")
+@click.argument("ref", type=REF)
 @click.argument("repo", metavar="OWNER/REPO")
 @click.option("--private", is_flag=True, help="Make it private, and refuse one that is there and is not.")
 @click.option("--revision", metavar="BRANCH", help="Default: main. A branch that is not there is made.")
@@ -552,6 +651,13 @@ def push_(ref: str, repo: str, private: bool, revision: str | None, endpoint: st
         folder = registry.fetch(version.digest, Path(temporary) / "files")
         url = push_to_hub(folder, version, target.repo_id, private=private, revision=revision, endpoint=endpoint)
     click.echo(f"{version} is {url}")
+
+
+@cli.command()
+@click.argument("shell", type=click.Choice(SHELLS))
+def completion(shell: str) -> None:
+    """Print what teaches a shell to complete verbs, options, names, versions and aliases."""
+    click.echo(script(shell))
 
 
 @cli.group()
@@ -638,7 +744,7 @@ def _say_move(move: AliasMove) -> None:
 
 def _change(move: AliasMove) -> str:
     before = f"{move.name}:{move.from_number} → " if move.from_number else ""
-    return f"{move}: {before}{move.name}:{move.to_number}"
+    return f"{move}: {before}{f'{move.name}:{move.to_number}' if move.to_number else 'nothing'}"
 
 
 def _move_line(move: AliasMove) -> str:
@@ -659,6 +765,25 @@ def _print_versions(found: list[Version], style: str) -> None:
         row = (str(version), ", ".join(version.aliases), *_facts(version), _when(version), version.created_by)
         table.add_row(*row, version.message, version.digest[:19])
     _print(table)
+
+
+def _print_card(card: str) -> None:
+    """Rendered on a terminal, without what would control it; elsewhere as it is."""
+    console = Console()
+    if console.is_terminal:
+        console.print(Markdown("".join(c for c in body_of(card) if c == "\n" or c.isprintable())))
+    else:
+        click.echo(body_of(card))
+
+
+def _dataset_line(dataset: Dataset) -> str:
+    examples = "" if dataset.examples is None else f"  {dataset.examples:,} examples"
+    return f"{dataset.split}: {dataset.path}{examples}" + (f"  sha256:{dataset.sha256}" if dataset.sha256 else "")
+
+
+def _run_line(lineage: Lineage) -> str:
+    said = {"": lineage.run, "seed ": lineage.seed, "steps ": lineage.steps}
+    return ", ".join(f"{key}{value}" for key, value in said.items() if value is not None) or "unknown"
 
 
 def _facts(version: Version) -> tuple[str, str, str, str]:

@@ -13,24 +13,24 @@ from datetime import UTC, datetime
 
 import sqlalchemy as sa
 
-from .catalog import _Long, _metadata
 from .database import Database, Writing
 from .errors import InvalidRequest, StaleParent, TooLarge, UnknownAdapter, UnknownFile
 from .manifest import FileEntry
+from .tables import LONG, METADATA
 from .validate import FILES
 
 _COMMIT_CHARACTERS = 40
 _files = sa.Table(
     "draft_files",
-    _metadata,
+    METADATA,
     sa.Column("name", sa.Text, primary_key=True),
     sa.Column("path", sa.Text, primary_key=True),
     sa.Column("sha256", sa.Text, nullable=False),
-    sa.Column("bytes", _Long, nullable=False),
+    sa.Column("bytes", LONG, nullable=False),
 )
 _commits = sa.Table(
     "draft_commits",
-    _metadata,
+    METADATA,
     sa.Column("id", sa.Integer, primary_key=True),
     sa.Column("name", sa.Text, nullable=False),
     sa.Column("commit_id", sa.Text, nullable=False),

@@ -6,6 +6,7 @@ server reads no path that a caller names; it checks the adapter against the desc
 
 import re
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +17,24 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.routing import Route
+from starlette.routing import Match, Route
 
-from . import errors
+from . import bodies, errors
 from .auth import OPEN, Bearer, guard_routes, identity_of, registry_of, require
 from .base import BaseDescription
+from .card import CARD
 from .errors import RegistryError
 from .garbage import Marks
 from .hub_protocol import asked_range, hub_routes, refusal, speaks
 from .hub_upload import upload_routes
 from .limited import LimitedRegistry
 from .manifest import FileEntry
+from .openapi import document
+from .pages import PAGE, Listing, Page
 from .protections import Approval, Rule
 from .rates import Buckets, Rate
 from .reference import Reference, check_digest, check_name, parse_alias
-from .registry import AUDIT_LIMIT, SEARCH_LIMIT, Registry, writing
+from .registry import Registry, writing
 from .signing import Signature
 from .tokens import ADMIN, PROMOTE, PUSH, READ, Identity, NewToken, Token
 from .trusted_bases import TrustedBases
@@ -47,6 +51,11 @@ SCOPES = {  # what a token needs for each route; one that is not here cannot be 
     "GET /v1/adapters/{name:path}/versions": READ,
     "POST /v1/adapters/{name:path}/versions": PUSH,
     "POST /v1/adapters/{name:path}/publish": PUSH,
+    "GET /v1/openapi.json": READ,
+    "GET /v1/aliases": READ,
+    "GET /v1/card": READ,
+    "POST /v1/tag": PUSH,
+    "POST /v1/unalias": PROMOTE,
     "POST /v1/adapters/{name:path}/discard": PUSH,
     "GET /v1/search": READ,
     "GET /v1/resolve": READ,
@@ -142,10 +151,12 @@ def create_app(
         routes=[
             Route("/health", health),
             Route("/ready", ready),
+            Route("/v1/openapi.json", openapi),
             Route("/v1/adapters", list_adapters),
             Route("/v1/adapters/{name:path}/versions", list_versions),
             Route("/v1/adapters/{name:path}/versions", push, methods=["POST"]),
             Route("/v1/adapters/{name:path}/publish", publish, methods=["POST"]),
+            Route("/v1/aliases", list_aliases),
             Route("/v1/adapters/{name:path}/discard", discard, methods=["POST"]),
             Route("/v1/search", search),
             Route("/v1/resolve", resolve),
@@ -155,6 +166,9 @@ def create_app(
             Route("/v1/verify", verify),
             Route("/v1/promote", promote, methods=["POST"]),
             Route("/v1/rollback", rollback, methods=["POST"]),
+            Route("/v1/card", get_card),
+            Route("/v1/tag", tag, methods=["POST"]),
+            Route("/v1/unalias", unalias, methods=["POST"]),
             Route("/v1/delete", delete, methods=["POST"]),
             Route("/v1/restore", restore, methods=["POST"]),
             Route("/v1/gc", gc, methods=["POST"]),
@@ -207,27 +221,42 @@ def ready(request: Request) -> Response:
     return JSONResponse({"status": "ready"})
 
 
+def openapi(_request: Request) -> Response:
+    return JSONResponse(document(tuple(STATUSES.items()), version("loraplex")))
+
+
 def list_adapters(request: Request) -> Response:
-    registry = _registry(request)
-    return JSONResponse({"data": dump(list[Version], registry.list()), "aliases": registry.aliases()})
+    return _paged(request, Listing, _registry(request).list_page)
 
 
 def list_versions(request: Request) -> Response:
-    return JSONResponse({"data": dump(list[Version], _registry(request).versions(request.path_params["name"]))})
+    name = request.path_params["name"]
+    return _paged(request, Page[Version], lambda *page: _registry(request).versions_page(name, *page))
+
+
+def list_aliases(request: Request) -> Response:
+    return JSONResponse({"aliases": _registry(request).aliases()})
 
 
 def search(request: Request) -> Response:
-    asked = request.query_params
-    found = _registry(request).search(asked.get("q", ""), asked.get("sort", "-created"), _limit(request, SEARCH_LIMIT))
-    return JSONResponse({"data": dump(list[Version], found)})
+    query, sort = request.query_params.get("q", ""), request.query_params.get("sort", "-created")
+    return _paged(request, Page[Version], lambda *page: _registry(request).search_page(query, sort, *page))
 
 
 def audit(request: Request) -> Response:
     name = request.query_params.get("name")
     if not name:
         require(request, ADMIN)
-    found = _registry(request).audit(name, _limit(request, AUDIT_LIMIT))
-    return JSONResponse({"data": dump(list[Act], found)})
+    return _paged(request, Page[Act], lambda *page: _registry(request).audit_page(name, *page))
+
+
+def _paged(request: Request, kind: object, ask: Callable[[int, str | None], Page]) -> Response:
+    """The page that the request's `limit` and `cursor` ask for, and where the one after it is (RFC 8288)."""
+    page = ask(_limit(request, PAGE), request.query_params.get("cursor"))
+    headers = {}
+    if page.next:
+        headers["Link"] = f'<{request.url.include_query_params(cursor=page.next)}>; rel="next"'
+    return JSONResponse(dump(kind, page), headers=headers)
 
 
 def resolve(request: Request) -> Response:
@@ -246,6 +275,16 @@ def verify(request: Request) -> Response:
 def get_manifest(request: Request) -> Response:
     manifest = _registry(request).manifest(request.path_params["digest"])
     return Response(manifest.canonical(), media_type="application/json", headers={"ETag": f'"{manifest.digest}"'})
+
+
+def get_card(request: Request) -> Response:
+    """The card as it was pushed, front matter and all."""
+    registry = _registry(request)
+    version = registry.resolve(_query(request, "ref"))
+    card = registry.card(version.digest)
+    if card is None:
+        raise errors.UnknownFile(f"{version}/{CARD}")
+    return Response(card, media_type="text/markdown", headers={"ETag": f'"{version.digest}"'})
 
 
 def get_blob(request: Request) -> Response:
@@ -330,7 +369,7 @@ def _publish(request: Request, name: str, proposal: Proposal) -> Version:
 
 async def publish(request: Request) -> Response:
     name = check_name(request.path_params["name"])
-    body = _fields(await _json(request), {}, {"base": dict, "message": str})
+    body = bodies.PUBLISH.read(await _json(request))
     base = load(BaseDescription, body["base"]) if "base" in body else request.app.state.bases
     registry, message, who = _registry(request), body.get("message", ""), _who(request)
     version = await run_sync(lambda: registry.publish_draft(name, base=base, message=message, who=who))
@@ -344,15 +383,15 @@ def discard(request: Request) -> Response:
 
 
 async def promote(request: Request) -> Response:
-    body = _fields(await _json(request), {"ref": str, "to": str}, {"reason": str, "require": list})
-    registry, require = _registry(request), _texts(body, "require", "comparisons like 'f1>=0.9'")
+    body = bodies.PROMOTE.read(await _json(request))
+    registry, require = _registry(request), body.get("require", [])
     reason, who = body.get("reason", ""), _who(request)
     move = await run_sync(lambda: registry.promote(body["ref"], body["to"], reason, require=require, who=who))
     return JSONResponse(dump(AliasMove, move))
 
 
 async def rollback(request: Request) -> Response:
-    body = _fields(await _json(request), {"ref": str}, {"to": int, "reason": str})
+    body = bodies.ROLLBACK.read(await _json(request))
     registry, (name, _) = _registry(request), parse_alias(body["ref"])
     if "to" in body:
         Reference.parse(f"{name}:{body['to']}")  # a number that no version has is told before SQLite sees it
@@ -360,6 +399,19 @@ async def rollback(request: Request) -> Response:
         lambda: registry.rollback(body["ref"], body.get("to"), body.get("reason", ""), who=_who(request))
     )
     return JSONResponse(dump(AliasMove, move))
+
+
+async def unalias(request: Request) -> Response:
+    body, who = bodies.NAMED.read(await _json(request)), _who(request)
+    registry, reason = _registry(request), body.get("reason", "")
+    return JSONResponse(dump(AliasMove, await run_sync(lambda: registry.remove_alias(body["ref"], reason, who=who))))
+
+
+async def tag(request: Request) -> Response:
+    body = bodies.TAG.read(await _json(request))
+    registry, add, remove = _registry(request), body.get("add", []), body.get("remove", [])
+    version = await run_sync(lambda: registry.tag(body["ref"], add, remove, who=_who(request)))
+    return JSONResponse(dump(Version, version))
 
 
 async def delete(request: Request) -> Response:
@@ -371,56 +423,52 @@ async def restore(request: Request) -> Response:
 
 
 async def _deletion(request: Request, act: Callable[..., Deletion]) -> Response:
-    body, who = _fields(await _json(request), {"ref": str}, {"reason": str}), _who(request)
+    body, who = bodies.NAMED.read(await _json(request)), _who(request)
     note = await run_sync(lambda: act(body["ref"], body.get("reason", ""), who=who))
     return JSONResponse(dump(Deletion, note))
 
 
 async def gc(request: Request) -> Response:
-    options = _fields(await _json(request), {}, {"grace_seconds": int, "keep": int, "dry_run": bool})
+    options = bodies.GC.read(await _json(request))
     registry, who = _registry(request), _who(request)
     return JSONResponse(dump(Collected, await run_sync(lambda: registry.gc(**options, who=who))))
 
 
 async def add_signature(request: Request) -> Response:
-    body = _fields(await _json(request), {"digest": str, "key": str, "signature": str}, {})
+    body = bodies.SIGNATURE.read(await _json(request))
     signatures, who = _registry(request).signatures, _who(request)
     made = await run_sync(lambda: signatures.add(body["digest"], body["key"], body["signature"], who=who))
     return JSONResponse(dump(Signature, made))
 
 
 async def protect(request: Request) -> Response:
-    body = _fields(await _json(request), {"ref": str}, {"require": list, "signed_by": list, "approvers": list})
-    asks = [
-        _texts(body, key, what)
-        for key, what in (("require", "comparisons"), ("signed_by", "keys as base64"), ("approvers", "names"))
-    ]
+    body = bodies.PROTECT.read(await _json(request))
+    asks = [body.get(key, []) for key in ("require", "signed_by", "approvers")]
     protections, who, (name, alias) = _registry(request).protections, _who(request), parse_alias(body["ref"])
     return JSONResponse(dump(Rule, await run_sync(lambda: protections.protect(name, alias, *asks, who=who))))
 
 
 async def unprotect(request: Request) -> Response:
-    body = _fields(await _json(request), {"ref": str}, {})
+    body = bodies.UNPROTECT.read(await _json(request))
     protections, who, (name, alias) = _registry(request).protections, _who(request), parse_alias(body["ref"])
     return JSONResponse(dump(Rule, await run_sync(lambda: protections.unprotect(name, alias, who=who))))
 
 
 async def approve(request: Request) -> Response:
-    body = _fields(await _json(request), {"ref": str, "for": str}, {})
+    body = bodies.APPROVE.read(await _json(request))
     protections, who = _registry(request).protections, _who(request)
     return JSONResponse(dump(Approval, await run_sync(lambda: protections.approve(body["ref"], body["for"], who=who))))
 
 
 async def create_token(request: Request) -> Response:
-    known = {"prefix": str, "expires_seconds": int}
-    body = _fields(await _json(request), {"name": str, "scopes": list}, known)
+    body = bodies.TOKEN.read(await _json(request))
     tokens, who = _registry(request).tokens, _who(request)
     made = await run_sync(lambda: tokens.create(**body, who=who))
     return JSONResponse(dump(NewToken, made), status_code=201, headers={"Cache-Control": "no-store"})
 
 
 async def revoke_token(request: Request) -> Response:
-    body = _fields(await _json(request), {"id": str}, {})
+    body = bodies.REVOKE.read(await _json(request))
     tokens, who = _registry(request).tokens, _who(request)
     return JSONResponse(dump(Token, await run_sync(lambda: tokens.revoke(body["id"], who=who))))
 
@@ -437,7 +485,11 @@ def on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     message = f"{request.method} {request.url.path}: {error.detail}"
     body = {"message": message, "type": "invalid_request_error", "param": None, "code": "invalid_request"}
-    return JSONResponse({"error": body}, status_code=error.status_code, headers=error.headers)
+    headers = dict(error.headers or {})
+    if error.status_code == 405:  # Starlette tells the methods of the first route with this path alone
+        same = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]
+        headers["Allow"] = ", ".join(sorted({method for route in same for method in route.methods}))
+    return JSONResponse({"error": body}, status_code=error.status_code, headers=headers)
 
 
 def on_disconnect(_request: Request, _error: Exception) -> Response:
@@ -474,10 +526,9 @@ def _who(request: Request) -> str:
 
 def _limit(request: Request, default: int) -> int:
     given = request.query_params.get("limit", str(default))
-    try:
-        return int(given)
-    except ValueError as error:
-        raise errors.InvalidRequest(f"limit is {given!r}, expected a number", "limit") from error
+    if not (given.isascii() and given.isdigit() and len(given) <= 18):
+        raise errors.InvalidRequest(f"limit is {given!r}, expected a number", "limit")
+    return int(given)
 
 
 def _query(request: Request, key: str) -> str:
@@ -497,26 +548,3 @@ async def _json(request: Request) -> Any:
         return from_json(bytes(body))  # unlike json, it refuses half a surrogate pair, which no UTF-8 can carry
     except ValueError as error:
         raise errors.InvalidRequest(f"the body is not JSON: {error}") from error
-
-
-def _texts(body: dict[str, Any], key: str, what: str) -> list[str]:
-    """A field that is a list of texts; empty when it is not there."""
-    for one in (found := body.get(key, [])):
-        if not isinstance(one, str):
-            raise errors.InvalidRequest(f"field '{key}' holds {one!r}, expected {what}", key)
-    return found
-
-
-def _fields(body: object, needed: dict[str, type], allowed: dict[str, type]) -> dict[str, Any]:
-    """The body's fields, when it has all that are needed, no unknown one, and each of its type."""
-    if not isinstance(body, dict):
-        raise errors.InvalidRequest("the body is not an object")
-    known = needed | allowed
-    fields = {key: value for key, value in body.items() if value is not None or key not in allowed}
-    for key in [*needed, *fields]:
-        if key not in known:
-            raise errors.InvalidRequest(f"unknown field '{key}', expected {', '.join(known)}", key)
-        if type(fields.get(key)) is not known[key]:
-            message = f"field '{key}' is {fields.get(key)!r}, expected {known[key].__name__}"
-            raise errors.InvalidRequest(message, key)
-    return fields

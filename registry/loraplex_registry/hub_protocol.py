@@ -114,7 +114,7 @@ def info(request: Request) -> Response:
             "createdAt": created_at,
             "lastModified": created_at,
             "library_name": "peft",
-            "tags": ["peft", "safetensors", "lora", f"base_model:{base}", f"base_model:adapter:{base}"],
+            "tags": ["peft", "safetensors", "lora", f"base_model:{base}", f"base_model:adapter:{base}", *version.tags],
             "config": {"peft": {"base_model_name_or_path": base, "task_type": manifest.config.get("task_type")}},
             "siblings": [_sibling(entry, "blobs" in request.query_params) for entry in manifest.files],
         }

@@ -6,6 +6,7 @@ neither tells of other names. Verbs that concern all names are refused, and what
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 from .base import BaseDescription
@@ -14,6 +15,7 @@ from .drafts import Changes, Commit, Draft, Drafts, Tree
 from .errors import CorruptBlob, Forbidden, InvalidManifest, UnknownAdapter, UnknownDigest
 from .garbage import Marks
 from .manifest import FileEntry, Manifest
+from .pages import PAGE, Listing, Page, take
 from .protections import Approval, Protections, Rule
 from .reference import Reference, check_digest, check_name, parse_alias, parse_version
 from .registry import AUDIT_LIMIT, MANIFEST, SEARCH_LIMIT, Registry
@@ -74,8 +76,19 @@ class LimitedRegistry:
         with silent_of_others(self.prefix):
             return self._registry.versions(name)
 
+    def versions_page(self, name: str, limit: int = PAGE, cursor: str | None = None) -> Page[Version]:
+        self._seen(Reference(check_name(name)))
+        with silent_of_others(self.prefix):
+            return self._registry.versions_page(name, limit, cursor)
+
     def list(self) -> "list[Version]":
-        return [version for version in self._registry.list() if version.name.startswith(self.prefix)]
+        return take(self.list_page)
+
+    def list_page(self, limit: int = PAGE, cursor: str | None = None) -> Listing:
+        page = self._registry.list_page(limit, cursor, prefix=self.prefix)
+        return replace(
+            page, aliases={name: found for name, found in page.aliases.items() if name.startswith(self.prefix)}
+        )
 
     def aliases(self) -> dict[str, dict[str, int]]:
         found = self._registry.aliases()
@@ -83,6 +96,11 @@ class LimitedRegistry:
 
     def search(self, query: str = "", sort: str = "-created", limit: int = SEARCH_LIMIT) -> "list[Version]":
         return self._registry.search(query, sort, limit, prefix=self.prefix)
+
+    def search_page(
+        self, query: str = "", sort: str = "-created", limit: int = PAGE, cursor: str | None = None
+    ) -> Page[Version]:
+        return self._registry.search_page(query, sort, limit, cursor, prefix=self.prefix)
 
     def history(self, name: str, alias: str) -> "list[AliasMove]":
         self._seen(Reference(check_name(name), alias=alias))
@@ -95,8 +113,14 @@ class LimitedRegistry:
         with silent_of_others(self.prefix):
             return self._registry.audit(name, limit, prefix=self.prefix)
 
+    def audit_page(self, name: str | None = None, limit: int = PAGE, cursor: str | None = None) -> Page[Act]:
+        if name is not None:
+            self._seen(Reference(check_name(name)))
+        with silent_of_others(self.prefix):
+            return self._registry.audit_page(name, limit, cursor, prefix=self.prefix)
+
     def verify(self, ref: str | Reference | None = None) -> "list[Fault]":
-        if ref:
+        if ref is not None:
             return self._registry.verify(str(self.resolve(ref)))
         return [fault for fault in self._registry.verify() if fault.version.startswith(self.prefix)]
 
@@ -104,6 +128,11 @@ class LimitedRegistry:
         if check_digest(digest) not in self._digests():
             raise CorruptBlob(MANIFEST, digest, "missing")  # as a digest that nobody knows
         return self._registry.manifest(digest)
+
+    def card(self, digest: str) -> str | None:
+        if check_digest(digest) not in self._digests():
+            raise CorruptBlob(MANIFEST, digest, "missing")
+        return self._registry.card(digest)
 
     def has_blob(self, sha256: str) -> bool:
         """Whether a version of a name that is seen is made of it."""
@@ -162,6 +191,19 @@ class LimitedRegistry:
         self.own(parse_alias(ref)[0])
         with silent_of_others(self.prefix):
             return self._registry.rollback(ref, to, reason, who=who)
+
+    def remove_alias(self, ref: str, reason: str = "", *, who: str | None = None) -> AliasMove:
+        self.own(parse_alias(ref)[0])
+        with silent_of_others(self.prefix):
+            return self._registry.remove_alias(ref, reason, who=who)
+
+    def tag(
+        self, ref: str | Reference, add: Sequence[str] = (), remove: Sequence[str] = (), *, who: str | None = None
+    ) -> Version:
+        parsed = ref if isinstance(ref, Reference) else Reference.parse(ref)
+        self.own(parsed.name)
+        with silent_of_others(self.prefix):
+            return self._registry.tag(parsed, add, remove, who=who)
 
     def delete(self, ref: str, reason: str = "", *, who: str | None = None) -> Deletion:
         self.own(parse_version(ref)[0])

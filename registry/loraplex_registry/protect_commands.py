@@ -5,16 +5,11 @@ from pathlib import Path
 
 import click
 
-from .cli import _print, _print_json, _table, cli, opened, output_format, verb
+from .cli import _print, _print_json, _table, alias, opened, output_format, verb
 from .protections import Rule
 from .reference import parse_alias
 from .signing import PublicKey
 from .wire import dump
-
-
-@cli.group()
-def alias() -> None:
-    """Rules that an alias asks of a version before it moves there."""
 
 
 def alias_verb(function: Callable[..., None]) -> click.Command:

@@ -182,6 +182,10 @@ class Protections:
                 found.append(f"an approval by {' or '.join(rule.approvers)} is required, and it has {has}")
         return found
 
+    def protects(self, db: sa.Connection, name: str, alias: str) -> bool:
+        """Whether the alias has a rule, inside a transaction."""
+        return self._rule(db, name, alias) is not None
+
     def _rule(self, db: sa.Connection, name: str, alias: str) -> Rule | None:
         row = db.execute(sa.select(_protections).filter_by(name=name, alias=alias)).first()
         return _as_rule(row) if row else None

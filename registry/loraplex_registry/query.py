@@ -13,7 +13,7 @@ from .errors import InvalidQuery
 from .version import Version
 
 NUMBERS = ("rank", "bytes", "version")  # of every version; any other key of a comparison is a metric
-FIELDS = ("name", "base", "alias", "target", "by", "digest", "parent")
+FIELDS = ("name", "base", "alias", "tag", "target", "by", "dataset", "run", "digest", "parent")
 TERMS = 50  # of one query
 SIGNS: dict[str, Callable[[Any, Any], Any]] = {
     ">=": operator.ge,
@@ -72,7 +72,10 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """Text in a field of a version, one of FIELDS; None: a word in its name or message. Case does not matter."""
+    """Text in a field of a version, one of FIELDS; None: a word in its name, message or description.
+
+    Case does not matter.
+    """
 
     field: str | None
     text: str
@@ -101,6 +104,6 @@ def parse_sort(text: str) -> tuple[str, bool]:
     key = text.removeprefix("-")
     if not re.fullmatch(_KEY, key):
         raise InvalidQuery(
-            f"sort is '{text}', expected a metric, {', '.join(NUMBERS)}, name or created, or - and one of them"
+            f"sort is '{text}', expected a metric, {', '.join(NUMBERS)}, name, base, by or created, or - and one"
         )
     return key, text.startswith("-")

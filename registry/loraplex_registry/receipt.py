@@ -2,12 +2,13 @@
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 from .errors import InvalidAdapter
 from .manifest import BaseRef
+from .version import Dataset, Lineage, Template
 
 FORMAT = "loraplex.receipt/1"
 RECEIPT = "receipt.json"
@@ -16,12 +17,16 @@ RECEIPT_BYTES = 16 << 20
 
 @dataclass(frozen=True)
 class Receipt:
-    """`base_path` is where the base lay on the trainer's machine; `parent` is the digest that training continued."""
+    """`base_path` is where the base lay on the trainer's machine; `parent` is the digest that training continued.
+
+    `lineage` is what it was trained on, by which run, and how it wants to be asked.
+    """
 
     base: BaseRef | None = None
     base_path: str | None = None
     metrics: dict[str, float] | None = None
     parent: str | None = None
+    lineage: Lineage = field(default_factory=Lineage)
 
     @classmethod
     def read(cls, folder: Path) -> "Receipt":
@@ -43,9 +48,43 @@ class Receipt:
                 base_path=_text("base.path", base.get("path")),
                 metrics={key: _number(f"metrics.{key}", value) for key, value in metrics.items()},
                 parent=_text("parent.digest", parent.get("digest")),
+                lineage=_lineage(body),
             )
         except (AttributeError, TypeError, ValueError, RecursionError) as error:
             raise InvalidAdapter(f"{RECEIPT}: {error}") from error
+
+
+def _lineage(body: dict[str, Any]) -> Lineage:
+    data, template = body.get("data") or {}, body.get("template") or {}
+    datasets = [
+        Dataset(
+            split=split,
+            path=_text(f"data.{split}.path", about.get("path")) or "",
+            sha256=_text(f"data.{split}.sha256", about.get("sha256")),
+            examples=_count(f"data.{split}.examples", about.get("examples")),
+        )
+        for split, about in sorted(data.items())
+    ]
+    stop = template.get("stop") or []
+    if not isinstance(stop, list):
+        raise ValueError(f"template.stop is {stop!r}, expected a list of strings")
+    return Lineage(
+        datasets=tuple(datasets),
+        run=_text("name", body.get("name")),
+        seed=_count("seed", body.get("seed")),
+        steps=_count("steps", body.get("steps")),
+        template=Template(
+            prompt=_text("template.prompt", template.get("prompt")),
+            completion=_text("template.completion", template.get("completion")),
+            stop=tuple(_text("template.stop", one) or "" for one in stop),
+        ),
+    )
+
+
+def _count(key: str, value: object) -> int | None:
+    if value is None or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 63):
+        return value
+    raise ValueError(f"{key} is {value!r}, expected a whole number")
 
 
 def _text(key: str, value: object) -> str | None:

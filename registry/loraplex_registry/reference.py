@@ -14,6 +14,9 @@ _ALIAS = rf"(?![0-9]+\Z){_WORD}"
 _DIGEST = r"sha256:[0-9a-f]{64}"
 _TARGET = rf":(?P<version>[1-9][0-9]{{0,8}})|@(?P<digest>{_DIGEST})|@(?P<alias>{_ALIAS})"
 _REFERENCE = re.compile(rf"(?P<name>{_NAME})(?:{_TARGET})?")
+NAME_PATTERN, DIGEST_PATTERN = f"^{_NAME}$", f"^{_DIGEST}$"  # as JSON schemas and browsers read them
+ALIAS_PATTERN = f"^{_ALIAS}$".replace(r"\Z", "$")
+REFERENCE_PATTERN = re.sub(r"\?P<\w+>", "?:", f"^{_REFERENCE.pattern}$").replace(r"\Z", "$")
 _HUB = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?", re.ASCII)
 _WORDS = "lowercase letters, digits and . _ - inside, 96 at most"
 
@@ -78,6 +81,13 @@ def check_alias(text: str) -> str:
     """A bare alias, as it came. Raises InvalidReference."""
     if not re.fullmatch(_ALIAS, text):
         raise InvalidReference(f"'{text}' is not an alias: {_WORDS}, and not a number")
+    return text
+
+
+def check_tag(text: str) -> str:
+    """A tag, as it came. Raises InvalidReference."""
+    if not re.fullmatch(_WORD, text):
+        raise InvalidReference(f"'{text}' is not a tag: {_WORDS}")
     return text
 
 

@@ -20,6 +20,7 @@ from .adapter_config import read_config
 from .base import BaseDescription, describe_base
 from .blobs import BlobStore, Progress, materialize, read_chunks, silent, write_durably
 from .bucket import Bucket
+from .card import card_of, first_words
 from .catalog import Catalog
 from .database import open_database
 from .drafts import Drafts
@@ -27,18 +28,18 @@ from .errors import (
     BaseNotFound,
     InvalidAdapter,
     InvalidManifest,
-    InvalidQuery,
-    InvalidRequest,
     NoDraft,
     RegistryError,
     StoreUnavailable,
 )
+from .finding import Finder
 from .garbage import GRACE_SECONDS, collect
 from .manifest import BaseRef, FileEntry, Manifest
+from .pages import PAGE, PAGE_LIMIT, Listing, Page, check_limit, take
 from .protections import Protections
-from .query import Comparison, parse_query, parse_sort
+from .query import Comparison
 from .receipt import Receipt
-from .reference import Reference, check_alias, check_digest, check_name, parse_alias, parse_version
+from .reference import Reference, check_alias, check_digest, check_name, check_tag, parse_alias, parse_version
 from .signatures import Signatures
 from .signing import PublicKey, check_signed
 from .tokens import ADMIN, Identity, Tokens
@@ -49,7 +50,7 @@ from .version import Act, AliasMove, Collected, Deletion, Fault, Version
 from .watch import LedgerSource, Watch, ignore
 
 MESSAGE_CHARACTERS = 4096
-SEARCH_LIMIT = 1000
+SEARCH_LIMIT = PAGE_LIMIT
 AUDIT_LIMIT = 10_000
 CATALOG = "catalog.sqlite3"
 MANIFEST = "manifest.json"  # how errors and faults call the manifest; it is stored by its digest
@@ -77,6 +78,7 @@ class Registry:
         self.store = BlobStore(self.root, Bucket(store) if store else None)
         opened = open_database(self.root / CATALOG, database)
         self.catalog, self.drafts = Catalog(opened), Drafts(opened)
+        self._finder = Finder(self.catalog.reading)
         self.tokens = Tokens(self.catalog, whoami)
         self.signatures = Signatures(self.catalog, whoami)
         self.protections = Protections(self.catalog, self.signatures, whoami)
@@ -160,11 +162,13 @@ class Registry:
             checked = check_adapter(folder / "adapter", base, self.limits, files)
             manifest = Manifest(checked.files, base_ref(checked, base), checked.config)
             write_durably(iter([manifest.canonical()]), folder / MANIFEST)
+            draft = _draft(name, checked, manifest, message, who or whoami())
+            draft = replace(draft, description=first_words(folder / "adapter"))
             with self.catalog.publishing() as add:
                 for entry in manifest.files:
                     self.store.publish(folder / "adapter" / entry.path, entry.sha256)
                 self.store.publish(folder / MANIFEST, manifest.digest.removeprefix("sha256:"))
-                return add(_draft(name, checked, manifest, message, who or whoami()), number)
+                return add(draft, number)
 
     def publish_draft(
         self,
@@ -222,9 +226,20 @@ class Registry:
         """All versions of a name, oldest first. Raises InvalidReference, UnknownAdapter."""
         return self.catalog.versions(check_name(name))
 
-    def list(self) -> list[Version]:
+    def versions_page(self, name: str, limit: int = PAGE, cursor: str | None = None) -> Page[Version]:
+        """Part of `versions`; the cursor is the `next` of the page before. Raises InvalidRequest too."""
+        page = self._finder.versions(check_name(name), limit, cursor)
+        if not page.data and not cursor:
+            self.catalog.versions(name)  # which says what is wrong with the name
+        return page
+
+    def list(self) -> "list[Version]":
         """The newest version of each name, by name."""
-        return self.catalog.newest()
+        return take(self.list_page)
+
+    def list_page(self, limit: int = PAGE, cursor: str | None = None, *, prefix: str = "") -> Listing:
+        """Part of `list`, with the aliases of the names in it. Raises InvalidRequest."""
+        return self._finder.newest(limit, cursor, prefix)
 
     def aliases(self) -> dict[str, dict[str, int]]:
         """Where every alias points: name → alias → version number."""
@@ -238,9 +253,13 @@ class Registry:
         `sort` is a key, or `-` and a key for the highest first; versions without it come last. `prefix` is what names
         begin with. Raises InvalidQuery.
         """
-        if not 1 <= limit <= SEARCH_LIMIT:
-            raise InvalidQuery(f"limit is {limit}, expected 1 to {SEARCH_LIMIT:,}")
-        return self.catalog.search(parse_query(query), *parse_sort(sort), limit, prefix)
+        return self.search_page(query, sort, limit, prefix=prefix).data
+
+    def search_page(
+        self, query: str = "", sort: str = "-created", limit: int = PAGE, cursor: str | None = None, *, prefix: str = ""
+    ) -> Page[Version]:
+        """Part of what a search finds; the cursor is the `next` of the page before. Raises InvalidRequest too."""
+        return self._finder.search(query, sort, limit, cursor, prefix)
 
     def promote(
         self,
@@ -272,6 +291,28 @@ class Registry:
             rule = self.protections.unmet
             return self.catalog.rollback(*parse_alias(ref), to, who or whoami(), reason, rule=rule)
 
+    def remove_alias(self, ref: str, reason: str = "", *, who: str | None = None) -> AliasMove:
+        """Remove `name@alias`: it stands for nothing until it is set again; the ledger gets a row.
+
+        Without `production`, a bare name means the newest version. Raises InvalidReference, NotFound;
+        RequirementNotMet when the alias is protected.
+        """
+        name, alias = parse_alias(ref)
+        with writing(self.root):
+            return self.catalog.remove_alias(name, alias, who or whoami(), reason, protects=self.protections.protects)
+
+    def tag(
+        self, ref: str | Reference, add: Sequence[str] = (), remove: Sequence[str] = (), *, who: str | None = None
+    ) -> Version:
+        """Put tags on a version and take others off; the audit log says who did. Returns the version as it is then.
+
+        Raises InvalidReference, NotFound.
+        """
+        for tag in (*add, *remove):
+            check_tag(tag)
+        with writing(self.root):
+            return self.catalog.tag(_reference(ref), add, remove, who or whoami())
+
     def delete(self, ref: str, reason: str = "", *, who: str | None = None) -> Deletion:
         """Hide the version `name:3`: it neither resolves nor is listed, until it is restored or pushed again.
 
@@ -294,9 +335,17 @@ class Registry:
 
         With a `prefix`, to names that begin with it. Raises InvalidReference, UnknownAdapter, InvalidRequest.
         """
-        if not 1 <= limit <= AUDIT_LIMIT:
-            raise InvalidRequest(f"limit is {limit}, expected 1 to {AUDIT_LIMIT:,}", "limit")
-        return self.catalog.audit(name and check_name(name), limit, prefix)
+        check_limit(limit, AUDIT_LIMIT)
+        return take(lambda size, cursor: self.audit_page(name, size, cursor, prefix=prefix), limit)
+
+    def audit_page(
+        self, name: str | None = None, limit: int = PAGE, cursor: str | None = None, *, prefix: str = ""
+    ) -> Page[Act]:
+        """Part of `audit`; the cursor is the `next` of the page before."""
+        page = self._finder.audit(None if name is None else check_name(name), limit, cursor, prefix)
+        if name and not page.data and not cursor:
+            self.catalog.versions(name)  # which says what is wrong with the name
+        return page
 
     def watch(
         self, ref: str | None = None, after: int | None = None, cut: Callable[[RegistryError], None] = ignore
@@ -313,6 +362,11 @@ class Registry:
     def manifest(self, digest: str) -> Manifest:
         """The manifest of a version. Raises CorruptBlob when it is missing or altered."""
         return Manifest.from_bytes(self.store.read(check_digest(digest).removeprefix("sha256:"), MANIFEST))
+
+    def card(self, digest: str) -> str | None:
+        """The README.md of a version, proven; None when it has none of at most 1 MiB. Raises CorruptBlob."""
+        entry = card_of(self.manifest(digest))
+        return entry and b"".join(self.store.chunks(entry)).decode(errors="replace")
 
     def fetch(self, digest: str, into: str | Path) -> Path:
         """Write a version's files to a new folder, each proven by its sha256, all or nothing.
@@ -363,7 +417,7 @@ class Registry:
         """Hash every file of one version, or of all, and name each fault with each version it harms."""
         known: dict[FileEntry, str | None] = {}  # a file that many versions share is hashed once
         found = []
-        for version in [self.resolve(ref)] if ref else self.catalog.all():
+        for version in [self.resolve(ref)] if ref is not None else self.catalog.all():
             if what := self.store.fault(FileEntry(MANIFEST, version.digest.removeprefix("sha256:"), 0)):
                 found.append(Fault(str(version), MANIFEST, what))
                 continue
@@ -433,6 +487,7 @@ def _draft(name: str, checked: CheckedAdapter, manifest: Manifest, message: str,
         bytes=sum(entry.bytes for entry in manifest.files),
         metrics=checked.receipt.metrics or {},
         parent=checked.receipt.parent,
+        lineage=checked.receipt.lineage,
         created_at=datetime.now(UTC),
         created_by=who,
         message=message,

@@ -15,11 +15,13 @@ import httpx
 
 from .base import BaseDescription, describe_base
 from .blobs import Progress, materialize, proven, read_chunks, silent
+from .card import card_of
 from .credentials import token_for
 from .errors import CorruptBlob, InvalidRequest, MissingBlobs, RegistryError, RemoteError, UnknownDigest, WrongOffset
 from .events import StreamSource
 from .garbage import GRACE_SECONDS
 from .manifest import CHUNK_BYTES, FileEntry, Manifest, sha256_of
+from .pages import PAGE, Listing, Page, check_limit, take
 from .reference import Reference, check_alias, check_digest, check_name, parse_alias, parse_version
 from .registry import AUDIT_LIMIT, MANIFEST, SEARCH_LIMIT, Registry, find_base
 from .remote_protections import RemoteProtections
@@ -45,13 +47,19 @@ class RemoteRegistry:
     `token` defaults to LORAPLEX_REGISTRY_TOKEN, then to what `registry login` kept for the URL.
     """
 
-    def __init__(self, url: str, token: str | None = None, limits: Limits | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        token: str | None = None,
+        limits: Limits | None = None,
+        timeout: httpx.Timeout | float = TIMEOUT_SECONDS,
+    ) -> None:
         self.url, self.limits = url.rstrip("/"), limits or Limits()
         token = token or token_for(self.url)
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         self.tokens, self.signatures = RemoteTokens(self._value), RemoteSignatures(self._value)
         self.protections = RemoteProtections(self._value)
-        self._http = httpx.Client(base_url=self.url, headers=headers, timeout=TIMEOUT_SECONDS)
+        self._http = httpx.Client(base_url=self.url, headers=headers, timeout=timeout)
 
     def close(self) -> None:
         self._http.close()
@@ -113,17 +121,27 @@ class RemoteRegistry:
         return _load(Version, self._ask("GET", "/v1/resolve", params={"ref": str(ref)}))
 
     def versions(self, name: str) -> list[Version]:
-        return _load(list[Version], self._ask("GET", f"/v1/adapters/{check_name(name)}/versions", key="data"))
+        return take(lambda size, cursor: self.versions_page(name, size, cursor))
+
+    def versions_page(self, name: str, limit: int = PAGE, cursor: str | None = None) -> Page[Version]:
+        return self._page(Page[Version], f"/v1/adapters/{check_name(name)}/versions", limit, cursor)
 
     def list(self) -> "list[Version]":
-        return _load(list[Version], self._ask("GET", "/v1/adapters", key="data"))
+        return take(self.list_page)
+
+    def list_page(self, limit: int = PAGE, cursor: str | None = None) -> Listing:
+        return self._page(Listing, "/v1/adapters", limit, cursor)
 
     def aliases(self) -> dict[str, dict[str, int]]:
-        return _load(dict[str, dict[str, int]], self._ask("GET", "/v1/adapters", key="aliases"))
+        return _load(dict[str, dict[str, int]], self._ask("GET", "/v1/aliases", key="aliases"))
 
     def search(self, query: str = "", sort: str = "-created", limit: int = SEARCH_LIMIT) -> "list[Version]":
-        params = {"q": query, "sort": sort, "limit": limit}
-        return _load(_Versions, self._ask("GET", "/v1/search", params=params, key="data"))
+        return self.search_page(query, sort, limit).data
+
+    def search_page(
+        self, query: str = "", sort: str = "-created", limit: int = PAGE, cursor: str | None = None
+    ) -> Page[Version]:
+        return self._page(Page[Version], "/v1/search", limit, cursor, q=query, sort=sort)
 
     def promote(self, ref: str | Reference, to: str, reason: str = "", *, require: Sequence[str] = ()) -> AliasMove:
         body = {"ref": str(ref), "to": to, "reason": reason, "require": list(require)}
@@ -132,6 +150,14 @@ class RemoteRegistry:
     def rollback(self, ref: str, to: int | None = None, reason: str = "") -> AliasMove:
         parse_alias(ref)
         return _load(AliasMove, self._ask("POST", "/v1/rollback", json={"ref": ref, "to": to, "reason": reason}))
+
+    def remove_alias(self, ref: str, reason: str = "") -> AliasMove:
+        parse_alias(ref)
+        return _load(AliasMove, self._ask("POST", "/v1/unalias", json={"ref": ref, "reason": reason}))
+
+    def tag(self, ref: str | Reference, add: Sequence[str] = (), remove: Sequence[str] = ()) -> Version:
+        body = {"ref": str(ref), "add": [*add], "remove": [*remove]}
+        return _load(Version, self._ask("POST", "/v1/tag", json=body))
 
     def delete(self, ref: str, reason: str = "") -> Deletion:
         parse_version(ref)
@@ -146,8 +172,11 @@ class RemoteRegistry:
         return _load(_Moves, self._ask("GET", "/v1/history", params={"ref": ref}, key="data"))
 
     def audit(self, name: str | None = None, limit: int = AUDIT_LIMIT) -> "list[Act]":
-        params = {"limit": limit} | ({"name": name} if name else {})
-        return _load(_Acts, self._ask("GET", "/v1/audit", params=params, key="data"))
+        check_limit(limit, AUDIT_LIMIT)
+        return take(lambda size, cursor: self.audit_page(name, size, cursor), limit)
+
+    def audit_page(self, name: str | None = None, limit: int = PAGE, cursor: str | None = None) -> Page[Act]:
+        return self._page(Page[Act], "/v1/audit", limit, cursor, name=name)
 
     def watch(
         self, ref: str | None = None, after: int | None = None, cut: Callable[[RegistryError], None] = ignore
@@ -157,7 +186,7 @@ class RemoteRegistry:
 
     def verify(self, ref: str | Reference | None = None) -> "list[Fault]":
         """As Registry.verify; the server hashes, so it may take as long as it takes."""
-        params = {"ref": str(ref)} if ref else {}
+        params = {} if ref is None else {"ref": str(ref)}
         return _load(_Faults, self._ask("GET", "/v1/verify", params=params, timeout=None, key="data"))
 
     def gc(self, grace_seconds: int = GRACE_SECONDS, keep: int | None = None, dry_run: bool = False) -> Collected:
@@ -171,6 +200,10 @@ class RemoteRegistry:
         if sha256_of(data) != digest:
             raise CorruptBlob(MANIFEST, digest, "not what its digest says")
         return Manifest.from_bytes(data)
+
+    def card(self, digest: str) -> str | None:
+        entry = card_of(self.manifest(digest))
+        return entry and b"".join(self._chunks(entry)).decode(errors="replace")
 
     def fetch(self, digest: str, into: str | Path) -> Path:
         """As Registry.fetch: every file is proven by its sha256 here, all or nothing."""
@@ -229,6 +262,13 @@ class RemoteRegistry:
         found = self._ask("GET", f"/v1/uploads/sha256:{entry.sha256}", key="received_bytes")
         return found if isinstance(found, int) and 0 <= found <= entry.bytes else 0
 
+    def _page(self, kind: type[T], route: str, limit: int, cursor: str | None, **params: str | None) -> T:
+        given = {key: value for key, value in (params | {"cursor": cursor}).items() if value is not None}
+        answer = self._ask("GET", route, params=given | {"limit": limit})
+        if not isinstance(answer, dict) or "data" not in answer:
+            raise RemoteError(f"the registry at {self.url} answered GET {route} without 'data'")
+        return _load(kind, answer)
+
     def _value(self, kind: type[T], method: str, route: str, **options: Any) -> T:
         """A successful answer, as a value of a type."""
         return _load(kind, self._ask(method, route, **options))
@@ -266,12 +306,7 @@ class RemoteRegistry:
             return RemoteError(f"the registry at {self.url} answered {response.status_code} {response.reason_phrase}")
 
 
-_Acts, _Moves, _Faults, _Versions = (
-    list[Act],
-    list[AliasMove],
-    list[Fault],
-    list[Version],
-)  # the class has a method called list
+_Moves, _Faults = list[AliasMove], list[Fault]  # the class has a method called list
 
 
 def open_registry(

@@ -10,7 +10,7 @@ import sqlalchemy as sa
 
 from .errors import StoreUnavailable
 
-SCHEMA_VERSION = 6
+SCHEMA_VERSION = 9
 METADATA = sa.MetaData()  # of every table; the file that owns the rows declares it
 MIGRATIONS = Path(__file__).parent / "migrations"
 _ONE_AT_A_TIME = threading.Lock()  # Alembic's `op` and `context` are one per process

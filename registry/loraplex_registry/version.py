@@ -7,6 +7,36 @@ from .manifest import BaseRef
 
 
 @dataclass(frozen=True)
+class Dataset:
+    """What an adapter was trained or measured on: the split's name, the trainer's path to it, its sha256."""
+
+    split: str
+    path: str
+    sha256: str | None = None
+    examples: int | None = None
+
+
+@dataclass(frozen=True)
+class Template:
+    """How the adapter wants to be asked: the prompt, what an answer is like, and the strings that end one."""
+
+    prompt: str | None = None
+    completion: str | None = None
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """Where an adapter comes from, as its receipt says. `run` is the run's name."""
+
+    datasets: tuple[Dataset, ...] = ()
+    run: str | None = None
+    seed: int | None = None
+    steps: int | None = None
+    template: Template = Template()
+
+
+@dataclass(frozen=True)
 class Version:
     """One immutable adapter version. `digest` is its manifest's; `bytes` counts all its files; times are UTC."""
 
@@ -23,6 +53,9 @@ class Version:
     created_by: str
     message: str
     aliases: tuple[str, ...] = ()
+    tags: tuple[str, ...] = ()
+    description: str = ""  # the first words of its card
+    lineage: Lineage = Lineage()
     pushed: bool = field(default=False, compare=False)  # True only in the answer to the push that made it
     restored: bool = field(default=False, compare=False)  # True only in the answer to the push that brought it back
 
@@ -32,16 +65,19 @@ class Version:
 
 @dataclass(frozen=True)
 class AliasMove:
-    """One row of the ledger, which `id` numbers across all aliases. `from_number` is None when the alias was new."""
+    """One row of the ledger, which `id` numbers across all aliases.
+
+    `from_number` is None when the alias was new, `to_number` when it was removed.
+    """
 
     name: str
     alias: str
     from_number: int | None
-    to_number: int
+    to_number: int | None
     who: str
     at: datetime
     reason: str
-    action: str = "promote"  # or "rollback"
+    action: str = "promote"  # or "rollback", or "remove"
     id: int = 0
     moved: bool = field(default=True, compare=False)  # False in an answer when the alias was there already
 
@@ -70,7 +106,7 @@ class Act:
 
     at: datetime
     who: str
-    action: str  # push, promote, rollback, delete, restore, purge
+    action: str  # push, promote, rollback, remove, delete, restore, purge, tag, untag
     subject: str
     reason: str
 
@@ -98,10 +134,13 @@ class Fault:
 def previous_target(moves: list[AliasMove]) -> int | None:
     """Where a rollback goes: the target before the present one, as a browser's back button walks.
 
-    1, 2, 3, back, back ends at 1: a second rollback does not return to the version the first one left.
+    1, 2, 3, back, back ends at 1: a second rollback does not return to the version the first one left. An alias that
+    was removed goes back to where it pointed; what came after it had been removed goes back to before that.
     """
-    trail: list[int] = []
+    trail: list[int | None] = []
     for move in moves:
+        if trail and trail[-1] is None:
+            trail.pop()
         if move.action == "rollback" and move.to_number in trail:
             while trail[-1] != move.to_number:
                 trail.pop()

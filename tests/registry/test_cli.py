@@ -66,6 +66,18 @@ def test_search_and_a_required_metric(run, trained, tmp_path):
     assert (wrong.code, wrong.err.startswith("error: 'f1>>1' is not a comparison")) == (1, True)
 
 
+def test_aliases_are_set_and_removed(run, trained):
+    run("push", "quotes-tagger")
+    assert run("alias", "set", "quotes-tagger:1", "staging").out == "quotes-tagger@staging: quotes-tagger:1\n"
+    removed = run("alias", "rm", "quotes-tagger@staging", "--reason", "done")
+    assert removed.out == "quotes-tagger@staging: quotes-tagger:1 → nothing\n"
+    assert run("alias", "history", "quotes-tagger@staging").out == run("history", "quotes-tagger@staging").out
+    moves = json.loads(run("history", "quotes-tagger@staging", "--format", "json").out)
+    assert [(move["to_number"], move["action"]) for move in moves] == [(None, "remove"), (1, "promote")]
+    again = run("alias", "rm", "quotes-tagger@staging")
+    assert (again.code, again.err.startswith("error: ")) == (1, True)
+
+
 def test_diff_shows_what_is_not_the_same(run, trained, tmp_path):
     run("push", "quotes-tagger"), run("push", "quotes-tagger", tmp_path / "second")
     facts, modules = run("diff", "quotes-tagger:1", "quotes-tagger:2").out.split("\n\n")

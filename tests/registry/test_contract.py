@@ -221,6 +221,34 @@ def test_moves_that_cannot_be(push, registry):
     assert len(registry.history("quotes-tagger", "production")) == 1
 
 
+def test_an_alias_is_removed_and_the_ledger_says_so(push, registry):
+    push(), push(seed=1), push(seed=2)
+    registry.promote("quotes-tagger:1", "production")
+    registry.promote("quotes-tagger:2", "production")
+    removed = registry.remove_alias("quotes-tagger@production", "not ready")
+    assert (removed.from_number, removed.to_number, removed.action) == (2, None, "remove")
+    assert registry.aliases() == {}
+    assert registry.resolve("quotes-tagger").number == 3  # the newest, as without production
+    with pytest.raises(UnknownAlias):
+        registry.resolve("quotes-tagger@production")
+    with pytest.raises(UnknownAlias):
+        registry.remove_alias("quotes-tagger@production")
+    with pytest.raises(InvalidReference, match="names no alias"):
+        registry.remove_alias("quotes-tagger:1")
+    act = registry.audit()[0]
+    assert (act.action, act.subject, act.reason) == ("remove", "quotes-tagger@production: 2 → nothing", "not ready")
+    registry.delete("quotes-tagger:3")  # nothing holds it
+    back = registry.rollback("quotes-tagger@production")
+    assert (back.from_number, back.to_number) == (None, 2)
+    registry.remove_alias("quotes-tagger@production")
+    registry.promote("quotes-tagger:1", "production")
+    assert registry.rollback("quotes-tagger@production").to_number == 2  # not to nothing
+    tos = [move.to_number for move in registry.history("quotes-tagger", "production")]
+    assert tos == [1, 2, None, 2, None, 1, 2]
+    with registry.watch("quotes-tagger@production", after=0) as moves:
+        assert [next(moves).to_number for _ in tos] == tos
+
+
 def test_a_promotion_may_require_what_the_version_must_have(push, registry):
     push()  # tag_f1 0.75, stop_rate 1
     move = registry.promote("quotes-tagger:1", "production", "it works", require=["tag_f1>=0.7", "rank<=8"])

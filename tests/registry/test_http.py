@@ -61,6 +61,14 @@ def upload(http, folder):
         ("/v1/resolve", 400, "invalid_request", "ref"),
         ("/v1/search?q=a:b", 400, "invalid_query", None),
         ("/v1/search?limit=many", 400, "invalid_request", "limit"),
+        ("/v1/search?cursor=WyJsaXN0IiwgImEiXQ", 400, "invalid_request", "cursor"),
+        ("/v1/adapters?cursor=%F0%9F%8E%88", 400, "invalid_request", "cursor"),
+        ("/v1/adapters?cursor=WyJsaXN0IiwgMV0", 400, "invalid_request", "cursor"),
+        ("/v1/adapters?limit=1001", 400, "invalid_request", "limit"),
+        ("/v1/adapters/none/versions?cursor=x", 400, "invalid_request", "cursor"),
+        ("/v1/audit?name=", 400, "invalid_reference", None),
+        ("/v1/verify?ref=", 400, "invalid_reference", None),
+        ("/v1/audit?limit=0", 400, "invalid_request", "limit"),
         ("/v1/adapters/none/versions", 404, "adapter_not_found", "ref"),
         ("/v1/history?ref=none", 400, "invalid_reference", None),
         ("/v1/blobs/sha256:" + "0" * 64, 404, "digest_not_found", "ref"),
@@ -134,6 +142,27 @@ def test_health_and_ready(http):
     assert http.get("/health").json() == {"status": "ok"}
     assert http.get("/ready").json() == {"status": "ready"}
     assert http.post("/health").status_code == 405
+
+
+def test_a_wrong_method_is_told_the_right_ones(http):
+    assert http.delete(f"/v1/blobs/{sha(b'x')}").headers["allow"] == "GET, HEAD, PUT"
+    assert http.put("/v1/adapters/a/versions").headers["allow"] == "GET, HEAD, POST"
+
+
+def test_pages_are_linked(http, local, base, tmp_path):
+    for seed, name in enumerate("abc"):
+        local.push(name, Adapter(seed=seed).write(tmp_path / name), base=base)
+        local.promote(f"{name}:1", "production")
+    seen, url = [], f"{http.base_url}/v1/search?q=rank%3E1&sort=name&limit=1"
+    while url:
+        answer = http.get(url)
+        seen += [version["name"] for version in answer.json()["data"]]
+        assert ("next" in answer.links) == (answer.json()["next"] is not None)
+        url = answer.links.get("next", {}).get("url")
+    assert seen == ["a", "b", "c"]
+    listed = http.get("/v1/adapters?limit=2").json()
+    assert [version["name"] for version in listed["data"]] == list(listed["aliases"]) == ["a", "b"]
+    assert list(http.get("/v1/aliases").json()["aliases"]) == ["a", "b", "c"]
 
 
 def test_ranges_and_etags(http, local, base, tmp_path):
@@ -266,7 +295,8 @@ def test_another_kind_of_server(tmp_path):
 
 @pytest.mark.parametrize("answer", [{}, [], None, "x"])
 def test_an_answer_of_another_shape_is_a_remote_error(answer):
-    app = Starlette(routes=[Route("/v1/adapters", lambda request: JSONResponse(answer))])
+    told = [Route(path, lambda request: JSONResponse(answer)) for path in ("/v1/adapters", "/v1/aliases")]
+    app = Starlette(routes=told)
     with serving(app) as url, RemoteRegistry(url) as remote:
         for ask, key in ((remote.list, "data"), (remote.aliases, "aliases")):
             with pytest.raises(RemoteError, match=f"without '{key}'"):

@@ -259,3 +259,14 @@ def test_protect_approve_promote_and_unprotect(run, tmp_path):
         "error: 'quotes-tagger' names no"
     )
     assert run("alias", "protect", "quotes-tagger@production").stderr.startswith("error: the rule is empty, expected")
+
+
+def test_a_protected_alias_is_not_removed(push, registry):
+    push()
+    registry.promote("quotes-tagger:1", "production")
+    registry.protections.protect("quotes-tagger", "production", ["rank<=8"])
+    with pytest.raises(RequirementNotMet, match="quotes-tagger@production is not removed: it is protected"):
+        registry.remove_alias("quotes-tagger@production")
+    assert registry.aliases() == {"quotes-tagger": {"production": 1}}
+    registry.protections.unprotect("quotes-tagger", "production")
+    assert registry.remove_alias("quotes-tagger@production").to_number is None

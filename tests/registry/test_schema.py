@@ -13,11 +13,11 @@ from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from click.testing import CliRunner
 
-from loraplex_registry.catalog import _metadata
 from loraplex_registry.cli import cli
 from loraplex_registry.errors import StoreUnavailable
 from loraplex_registry.registry import Registry
 from loraplex_registry.schema import MIGRATIONS, SCHEMA_VERSION
+from loraplex_registry.tables import METADATA
 
 # What release 0.1.0 made, statement for statement.
 SCHEMA_1 = """
@@ -142,7 +142,7 @@ def test_the_migrations_make_the_tables_that_the_catalog_uses(registry):
     engine = sa.create_engine(f"sqlite:///{registry.root / 'catalog.sqlite3'}")
     with engine.connect() as db:
         options = {"include_name": lambda name, kind, _: (kind, name) != ("table", "alembic_version")}
-        assert compare_metadata(MigrationContext.configure(db, opts=options), _metadata) == []
+        assert compare_metadata(MigrationContext.configure(db, opts=options), METADATA) == []
     engine.dispose()
     config = Config()
     config.set_main_option("script_location", str(MIGRATIONS))

@@ -142,6 +142,27 @@ def test_a_moved_alias_serves_the_new_version_and_a_running_stream_ends_on_the_o
     assert text(client, adapter="red@production") == during["choices"][0]["text"] == text(client, adapter="red:2")
 
 
+def test_a_removed_alias_is_404_and_a_running_stream_ends_on_its_version(serve, registry):
+    registry.promote("red:1", "canary")
+    client = serve()
+    endless = {"temperature": 0, "max_tokens": 240, "logit_bias": {"0": -100}}
+    old = text(client, adapter="red@canary", **endless)
+    body = {"prompt": "the quick", "adapter": "red@canary", "stream": True, **endless}
+    with client.stream("POST", "/v1/completions", json=body) as answer:
+        lines = answer.iter_lines()
+        first = next(lines)
+        registry.remove_alias("red@canary")
+        after = client.post("/v1/completions", json=body | {"stream": False})
+        running_still = len(client.app.state.service.engine.scheduler.running)
+        chunks = events([first, *(line for line in lines)])
+    assert running_still == 1, "the stream must still be running, or this test proves nothing"
+    assert after.status_code == 404
+    assert "red@canary" in after.json()["error"]["message"]
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == old
+    client.app.state.service.watch.look()
+    assert client.app.state.service.watch.up  # the watch understands that an alias is gone
+
+
 def test_a_version_is_fetched_when_it_is_pushed_before_any_alias_moves(
     serve, registry, base_folder, adapter_folders, tmp_path
 ):
