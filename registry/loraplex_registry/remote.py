@@ -36,6 +36,7 @@ from .wire import Proposal, dump, load, load_error
 
 TIMEOUT_SECONDS = 60.0
 RETRY_SECONDS = (0.5, 1.0, 2.0, 4.0)  # between tries of an upload that was cut off
+PUSH_TRIES = 6  # what was uploaded, or was there at first, may be gone by the next try: with another push, or by gc
 RESUMED_BYTES = 1 << 20  # a smaller file is sent anew
 DATABASE, STORE = "LORAPLEX_REGISTRY_DATABASE", "LORAPLEX_REGISTRY_STORE"
 T = TypeVar("T")
@@ -93,17 +94,16 @@ class RemoteRegistry:
         files = check_adapter(folder, description, self.limits).files
         route = f"/v1/adapters/{name}/versions"
         proposal = dump(Proposal, Proposal(files, description, message))
-        uploaded: set[str] = set()
-        while True:  # gc may remove an old blob that the server had when it was asked first: then it is uploaded too
+        for left in reversed(range(PUSH_TRIES)):
             try:
                 return _load(Version, self._ask("POST", route, json=proposal))
             except MissingBlobs as missing:
-                if uploaded.issuperset(missing.digests):
+                if not left:
                     raise
                 for entry in files:
                     if f"sha256:{entry.sha256}" in missing.digests:
                         self._upload(folder / entry.path, entry, progress)
-                uploaded.update(missing.digests)
+        raise AssertionError("the last try returns or raises")
 
     def publish_draft(
         self, name: str, *, base: str | Path | BaseDescription | None = None, message: str = ""

@@ -177,8 +177,8 @@ def test_a_killed_gc_is_taken_up_by_the_next(push, registry, store):
 def test_gc_during_pushes_breaks_none(registry, base, tmp_path):
     """20 adapters are pushed, deleted and pushed again by four, while gc without any grace runs over and over.
 
-    The second push finds its blobs there, going, or gone. Without the lock, some lose a blob between its rename and
-    the row.
+    The second push finds its blobs there, going, or, where it waits for that, gone. Without the lock, some lose a blob
+    between its rename and the row.
     """
     done, purged = Event(), []
 
@@ -190,6 +190,8 @@ def test_gc_during_pushes_breaks_none(registry, base, tmp_path):
         folder = Adapter(seed=seed).write(tmp_path / f"a{seed}", make_receipt(base))
         first = registry.push("x", folder, base=base)
         registry.delete(str(first))
+        while seed % 5 == 0 and str(first) not in purged and collector.is_alive():
+            time.sleep(0.01)
         again = registry.push("x", folder, base=base)
         assert (again.number, again.restored) == (first.number, True)
 
@@ -201,9 +203,26 @@ def test_gc_during_pushes_breaks_none(registry, base, tmp_path):
     finally:
         done.set()
         collector.join()
-    assert purged
     assert registry.verify() == []
     assert [version.number for version in registry.versions("x")] == list(range(1, 21))
+
+
+def test_a_push_uploads_again_what_another_took_with_it(base, tmp_path):
+    """Two push the same files at once; one of them ends, its version is deleted and collected, and with it went what
+    the other had uploaded already."""
+    folder = Adapter().write(tmp_path / "a", make_receipt(base))
+    with Registry(tmp_path / "registry") as local, served(local) as url, RemoteRegistry(url) as remote:
+        sent = []
+
+        def progress(sent_bytes: int) -> None:
+            sent.append(sent_bytes)
+            if len(sent) == 3:  # the last file is on its way
+                local.delete(str(remote.push("other", folder, base=base)))
+                local.gc(grace_seconds=0)
+
+        assert str(remote.push("x", folder, base=base, progress=progress)) == "x:1"
+        assert len(sent) > 3
+        assert local.verify() == []
 
 
 def test_a_push_uploads_what_gc_removed_since_it_asked(base, tmp_path):
