@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
+from mmap import ACCESS_COPY, mmap
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ from peft import LoraConfig
 
 from loraplex_registry.base import BaseDescription
 from loraplex_registry.errors import InvalidAdapter
-from loraplex_registry.tensors import TensorInfo, mapped, read_header
+from loraplex_registry.tensors import TensorInfo, read_header
 from loraplex_registry.validate import WEIGHTS, Limits, check_adapter
 from loraplex_server.engine.errors import AdapterRefused
 
@@ -54,40 +56,39 @@ def read_adapter(
     config = LoraConfig.from_pretrained(str(folder))
     assert isinstance(config, LoraConfig)  # check_adapter refuses every other kind
     config.inference_mode = True
-    # Not by safetensors' torch side: get_tensor, in 0.8.0, never frees two small objects of each tensor it reads.
-    weights = folder / WEIGHTS
-    with mapped(weights) as view:
-        held = {k: _in_memory(k, info, view, pin, dtype) for k, info in read_header(weights).items()}
-    return HostAdapter(key, config, held)
+    tensors = _mapped(folder / WEIGHTS)
+    return HostAdapter(key, config, {key: _in_memory(key, t, pin, dtype or t.dtype) for key, t in tensors.items()})
 
 
-def _in_memory(key: str, info: TensorInfo, view: memoryview, pin: bool, dtype: torch.dtype | None) -> torch.Tensor:
-    """A tensor of a mapped file, copied: read here, on a background thread, not when it is first used.
+def _mapped(file: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a checked file, each a view of it.
 
-    By numpy, or in small pieces: torch would start threads, and they compete with the engine's.
+    Not by safetensors' torch side: get_tensor, in 0.8.0, never frees two small objects of each tensor it reads.
     """
-    stored = _DTYPES[info.dtype]
-    held = torch.empty(info.shape, dtype=dtype or stored, pin_memory=pin)
-    with view[info.begin : info.end] as data:
-        if held.dtype == stored:
-            np.copyto(_bytes(held), np.frombuffer(data, np.uint8))
-        elif not _cast(np.frombuffer(data, np.uint8), stored, held.view(-1)):
-            most = torch.finfo(held.dtype).max
-            raise AdapterRefused(f"tensor {key!r} holds values beyond {most:.3g}, the most of {held.dtype}")
+    header = read_header(file)
+    with file.open("rb") as stream:
+        area = mmap(stream.fileno(), 0, access=ACCESS_COPY)  # torch warns of what it must not write to
+
+    def view(info: TensorInfo) -> torch.Tensor:
+        flat = torch.frombuffer(area, dtype=_DTYPES[info.dtype], count=prod(info.shape), offset=info.begin)
+        return flat.view(info.shape)
+
+    return {key: view(info) for key, info in header.items()}
+
+
+def _in_memory(key: str, mapped: torch.Tensor, pin: bool, dtype: torch.dtype) -> torch.Tensor:
+    """A copy of a tensor that is a view of its file: read here, on a background thread, not when it is first used.
+
+    By numpy, or in small pieces: torch would start threads, and they compete with the engine's. And in few calls: after
+    each, this thread waits for the interpreter while the engine has it.
+    """
+    held = torch.empty(mapped.shape, dtype=dtype, pin_memory=pin)
+    if mapped.dtype == dtype:
+        np.copyto(held.view(torch.uint8).numpy(), mapped.view(torch.uint8).numpy())
+        return held
+    most = torch.finfo(dtype).max
+    if most < torch.finfo(mapped.dtype).max and max(mapped.numpy().max(), -mapped.numpy().min()) > most:
+        raise AdapterRefused(f"tensor {key!r} holds values beyond {most:.3g}, the most of {dtype}")
+    for to, given in zip(held.view(-1).split(_PIECE), mapped.view(-1).split(_PIECE), strict=True):
+        to.copy_(given)
     return held
-
-
-def _cast(given: np.ndarray, stored: torch.dtype, held: torch.Tensor) -> bool:
-    """Fill a flat tensor from the bytes of finite values of another dtype; False when it cannot hold one of them."""
-    values, size = torch.empty(_PIECE, dtype=stored), stored.itemsize
-    for first in range(0, len(held), _PIECE):
-        piece = held[first : first + _PIECE]
-        read = values[: len(piece)]
-        np.copyto(_bytes(read), given[first * size : (first + len(piece)) * size])
-        if not piece.copy_(read).isfinite().all():
-            return False
-    return True
-
-
-def _bytes(tensor: torch.Tensor) -> np.ndarray:
-    return tensor.view(-1).view(torch.uint8).numpy()
