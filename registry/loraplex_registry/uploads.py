@@ -71,18 +71,19 @@ class Upload:
         self._stream.flush()
         os.fsync(self._stream.fileno())
         self._partial.chmod(0o644)
+        self._store.place.share(self._partial, self._sha256)
         self._partial.replace(self._place)
+        self._keep = True  # what lies under the old name from now on is somebody else's
         sync_folder(self._place.parent)
-        self._store.place.share(self._place, self._sha256)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            self._stream.close()
-        finally:
             if not self._keep:
-                self._partial.unlink(missing_ok=True)
+                self._partial.unlink(missing_ok=True)  # while it is locked, so that it is nobody else's
+        finally:
+            self._stream.close()
 
 
 def received(store: BlobStore, sha256: str, who: str) -> int:

@@ -15,6 +15,7 @@ import pytest
 from loraplex_registry import remote
 from loraplex_registry.registry import Registry
 from loraplex_registry.remote import RemoteRegistry
+from loraplex_registry.uploads import Upload
 
 from .conftest import Adapter, served
 
@@ -109,6 +110,20 @@ def test_the_same_file_may_come_twice_at_once(local):
         first.join()
         assert answers == [201]
         assert [path.read_bytes() for path in local.store.staging.iterdir()] == [FILE]
+
+
+def test_an_upload_that_has_finished_leaves_the_next_of_the_same_file_alone(local):
+    """Between its end and its leaving, the next may have begun under the same name."""
+    first, second = ExitStack(), ExitStack()
+    with second:
+        with first:
+            upload = first.enter_context(Upload(local.store, SHA256, len(FILE), "ada"))
+            upload.write(FILE)
+            upload.finish()
+            upload = second.enter_context(Upload(local.store, SHA256, len(FILE), "ada"))
+        upload.write(FILE)
+        upload.finish()
+    assert [path.read_bytes() for path in local.store.staging.iterdir()] == [FILE]
 
 
 @contextmanager
