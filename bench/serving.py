@@ -230,7 +230,7 @@ def over_http(url: str, asks: Sequence[Ask], used: int) -> Run:
 def w6(lab: Lab) -> Outcome:
     """What others feel of an adapter that comes from disk every second."""
     folders = {f"cold-{i}": lab.ranked[16][i % 8] for i in range(200)} | lab.eight
-    engine = lab.engine(folders, max_loras=9, max_host_loras=10)
+    engine = lab.engine(folders, max_loras=9, max_host_loras=12, max_rows=40)
     ours(engine, requests(8, 4, 2, list(lab.eight)))
     for name in lab.eight:
         engine.residency.keep(name)

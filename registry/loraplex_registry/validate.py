@@ -34,11 +34,11 @@ class Limits:
 
 @dataclass(frozen=True)
 class CheckedAdapter:
-    """An adapter that passed. `tensors` is key → (dtype, shape); `rank` is the largest over its modules."""
+    """An adapter that passed. `tensors` are its file's, by key; `rank` is the largest over its modules."""
 
     config: dict[str, Any]
     files: tuple[FileEntry, ...]
-    tensors: dict[str, tuple[str, tuple[int, ...]]]
+    tensors: dict[str, TensorInfo]
     rank: int
     receipt: Receipt
 
@@ -49,9 +49,14 @@ class CheckedAdapter:
 
 
 def check_adapter(
-    folder: Path, base: BaseDescription, limits: Limits | None = None, files: tuple[FileEntry, ...] | None = None
+    folder: Path,
+    base: BaseDescription,
+    limits: Limits | None = None,
+    files: tuple[FileEntry, ...] | None = None,
+    values: bool = True,
 ) -> CheckedAdapter:
-    """Check a folder against its base. `files` spares hashing when who made the folder already did.
+    """Check a folder against its base. `files` spares hashing when who made the folder already did; without `values`,
+    whoever reads them must look for NaN.
 
     Raises InvalidAdapter with every reason of the first step that fails: files, configuration, shapes, values.
     """
@@ -63,16 +68,15 @@ def check_adapter(
     _refuse(_wrong_base(receipt, base))
     header = _read_header(folder / WEIGHTS)
     _refuse(Fit(config, header, base).reasons())
-    _refuse(_wrong_values(folder / WEIGHTS, header))
+    if values:
+        _refuse(_wrong_values(folder / WEIGHTS, header))
     if files is None:
         files = tuple(FileEntry.of(path, path.relative_to(folder).as_posix()) for path in paths)
     return CheckedAdapter(
         config=config,
         files=files,
-        tensors={key: (info.dtype, info.shape) for key, info in header.items()},
-        rank=max(
-            info.shape[0] for key, info in header.items() if key.endswith((".lora_A.weight", ".lora_embedding_A"))
-        ),
+        tensors=header,
+        rank=max(info.shape[0] for key, info in header.items() if key.endswith(RANKED)),
         receipt=receipt,
     )
 

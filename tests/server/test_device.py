@@ -22,13 +22,17 @@ from transformers import AutoModelForCausalLM
 
 from loraplex_registry.base import describe_base
 from loraplex_server.adapters.device import DeviceAdapters
-from loraplex_server.adapters.host import HostAdapter, read_adapter
+from loraplex_server.adapters.host import AdapterReader, HostAdapter
+from loraplex_server.adapters.memory import HostMemory
 from loraplex_server.adapters.residency import Place, Residency, Unobserved
 from loraplex_server.engine.config import EngineConfig
 from loraplex_server.engine.engine import Engine
 from loraplex_server.engine.errors import AdapterRefused
 from loraplex_server.engine.model import load_base
 from loraplex_server.engine.request import Request, SamplingParams
+from loraplex_server.kernels.native import native
+
+needs_kernels = pytest.mark.skipif(not native(), reason=f"{native().why_not}; gcc comes with: apt-get install gcc")
 
 PER_ADAPTER = (*LoraLayer.adapter_layer_names, *LoraLayer.other_param_names, "lora_variant")
 KINDS = {
@@ -290,17 +294,57 @@ def test_weights_are_kept_in_one_dtype_whatever_the_file_s(base_folder, adapter_
             assert torch.equal(weight, tensor.to(stored).to(dtype))
 
 
-def test_a_thousand_loads_and_unloads_leave_nothing(base_folder, adapter_folders):
+def test_memory_is_handed_on_when_the_last_view_of_it_is_gone():
+    memory = HostMemory()
+    flat, block = memory.bfloat16(5000)
+    address, view = flat.data_ptr(), flat[7:9].fill_(3)
+    block.hand_on()
+    del flat
+    other, _ = memory.bfloat16(5000)
+    other.fill_(4)
+    assert other.data_ptr() != address
+    assert view.tolist() == [3, 3]
+    del view
+    assert memory.bfloat16(2501)[0].data_ptr() == address, "handed on, and large enough"
+
+
+def test_memory_of_another_size_is_not_kept():
+    memory = HostMemory()
+    for first, second in ((5000, 2400), (5000, 5001)):
+        flat, block = memory.bfloat16(first)
+        block.hand_on()
+        del flat
+        assert len(memory._spare) == 1
+        assert memory.bfloat16(second)[0].shape == (second,)
+        assert memory._spare == [], "neither that, nor what was not handed on"
+
+
+@needs_kernels
+def test_adapters_that_come_and_go_answer_as_ever(base_folder, adapter_folders):
+    """In room for two, each comes to lie where one that was evicted lay."""
+    engine = Engine(load_base(str(base_folder), device="cpu"), EngineConfig(max_loras=1, max_host_loras=2))
+    params = SamplingParams(max_tokens=6, temperature=0)
+    for name, folder in adapter_folders.items():
+        engine.add_adapter(name, folder)
+    first = {name: engine.generate(["the quick"], params, name)[0].token_ids for name in adapter_folders}
+    assert len({*map(tuple, first.values())}) > 1
+    for _ in range(3):
+        for name in adapter_folders:
+            assert engine.generate(["the quick"], params, name)[0].token_ids == first[name]
+
+
+@pytest.mark.parametrize("dtype", [None, pytest.param(torch.bfloat16, marks=needs_kernels)])
+def test_a_thousand_loads_and_unloads_leave_nothing(base_folder, adapter_folders, dtype):
     """Memory was not freed after an unload elsewhere (vllm#42207), and peft keeps nearly a dozen things under an
     adapter's name in every layer. Through both tiers, from files; counted once the layers are wrapped and warm.
     """
     adapters = {f"{name}{i}": folder for i in range(3) for name, folder in adapter_folders.items()}
     pool, woken = ThreadPoolExecutor(1), threading.Event()
     device = DeviceAdapters(base_of(base_folder), 3)
-    base = describe_base(str(base_folder))
+    reader = AdapterReader(describe_base(str(base_folder)), max_rank=64, dtype=dtype)
 
     def load(key) -> HostAdapter:
-        return read_adapter(key, adapters[key], base, max_rank=64)
+        return reader.read(key, adapters[key])
 
     residency = Residency(device, load, pool, 3, 4, Unobserved(), woken.set)
 
@@ -344,7 +388,7 @@ def test_a_thousand_loads_and_unloads_leave_nothing(base_folder, adapter_folders
 def test_an_adapter_in_host_memory_needs_its_file_no_more(tmp_path, base_folder, adapter_folders):
     """Its tensors were views of the file: memory that the system takes back and reads again, on the engine's thread."""
     folder = shutil.copytree(adapter_folders["red"], tmp_path / "red")
-    held = read_adapter("red", folder, describe_base(str(base_folder)), max_rank=8)
+    held = AdapterReader(describe_base(str(base_folder)), max_rank=8).read("red", folder)
     with (folder / "adapter_model.safetensors").open("r+b") as file:
         file.seek(8 + int.from_bytes(file.read(8), "little"))
         file.write(bytes(sum(tensor.nbytes for tensor in held.tensors.values())))
@@ -356,7 +400,7 @@ def test_an_adapter_in_host_memory_needs_its_file_no_more(tmp_path, base_folder,
 def test_who_runs_goes_on_while_another_s_adapter_is_put_on_the_device(base_folder, adapter_folders):
     """With a share of nothing each step does one module, and green's tokens come between."""
     base = load_base(str(base_folder), quantization="none", device="cpu", dtype="float32")
-    engine = Engine(base, EngineConfig(install_share=0))
+    engine = Engine(base, EngineConfig(load_share=0))
     for name in ("red", "green"):
         engine.add_adapter(name, adapter_folders[name])
     params = SamplingParams(max_tokens=90, temperature=0, logit_bias={0: -100})
@@ -376,7 +420,7 @@ def test_who_runs_goes_on_while_another_s_adapter_is_put_on_the_device(base_fold
 
 def test_an_adapter_that_is_put_on_the_device_in_time_runs_in_the_step_that_asked_for_it(base_folder, adapter_folders):
     base = load_base(str(base_folder), quantization="none", device="cpu", dtype="float32")
-    engine = Engine(base, EngineConfig(install_share=1e6))
+    engine = Engine(base, EngineConfig(load_share=1e6))
     for name in ("red", "green"):
         engine.add_adapter(name, adapter_folders[name])
     params = SamplingParams(max_tokens=9, temperature=0, logit_bias={0: -100})

@@ -1,14 +1,24 @@
 """The C kernels: what each computes, against torch; and that they are built, kept, and missed in plain words."""
 
+import errno
+import os
+import re
+import resource
 import shutil
 import subprocess
-from itertools import pairwise
+from ctypes import addressof, c_double
+from itertools import accumulate, pairwise
+from math import prod
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from loraplex_registry.tensors import read_header
 from loraplex_server.engine.amx_lora import AmxLora
 from loraplex_server.engine.engine import Engine
+from loraplex_server.engine.errors import AdapterRefused
 from loraplex_server.engine.lora import Along, Segment
 from loraplex_server.engine.lora_table import LoraTable
 from loraplex_server.engine.model import load_base
@@ -203,3 +213,85 @@ def test_an_images_build_needs_no_cpu_with_amx(tmp_path, monkeypatch):
     (built,) = (tmp_path / "kernels").glob("*.so")
     assert (code, said) == (0, str(built))
     assert module._built() == built, "found beside the sources, and not built again"
+
+
+def file_of(tmp_path, tensors) -> tuple[Path, torch.Tensor]:
+    """A safetensors file, and the table that load_bf16 reads it by."""
+    save_file(tensors, tmp_path / "some.safetensors")
+    header = read_header(tmp_path / "some.safetensors")
+    kinds = {"F32": 0, "F16": 1, "BF16": 2}
+    rows = [(info.begin, prod(info.shape), kinds[info.dtype]) for info in header.values()]
+    starts = [0, *accumulate(count for _, count, _ in rows)][:-1]
+    return tmp_path / "some.safetensors", torch.tensor([*zip(*rows, strict=True), starts])
+
+
+def load_bf16(file, table, share=1.0) -> tuple[int, torch.Tensor]:
+    out = torch.full((int(table[1].sum()) + 1,), 7.0).bfloat16()  # one more, which must stay
+    with file.open("rb") as stream:
+        arguments = stream.fileno(), *addresses(out), table.shape[1], *addresses(*table), addressof(c_double(share))
+        return native().library.load_bf16(*arguments), out
+
+
+@needs_kernels
+def test_a_file_is_rounded_as_torch_rounds_it(tmp_path):
+    """Every 16 bits there are, the ties between two of them, and more values than are read at a time."""
+    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16)
+    bfloat, half = every.view(torch.bfloat16), every.view(torch.float16)
+    halfway = torch.arange(1 << 16).repeat_interleave(3) * 65536 + torch.tensor([0x7FFF, 0x8000, 0x8001]).repeat(
+        1 << 16
+    )
+    halfway = halfway.to(torch.uint32).view(torch.float32)
+    tensors = {
+        "a": random(3), "b": random(70_001).float() / 3, "c": bfloat[bfloat.isfinite()], "d": half[half.isfinite()],
+        "e": halfway[halfway.bfloat16().isfinite()],
+    }  # fmt: skip
+    failed, out = load_bf16(*file_of(tmp_path, tensors))
+    expected = [
+        load_file(tmp_path / "some.safetensors")[name].bfloat16() for name in read_header(tmp_path / "some.safetensors")
+    ]
+    assert failed == 0
+    assert torch.equal(out.view(torch.int16), torch.cat([*expected, torch.tensor([7.0]).bfloat16()]).view(torch.int16))
+
+
+@needs_kernels
+@pytest.mark.parametrize("value", [float("nan"), -float("nan"), float("inf"), -float("inf"), 3.4e38])
+def test_a_tensor_that_is_not_finite_is_named(tmp_path, value):
+    tensors = {f"t{i}": random(40).float() for i in range(5)}
+    tensors["t3"][39] = value
+    file, table = file_of(tmp_path, tensors)
+    assert load_bf16(file, table)[0] == -1 - [*read_header(file)].index("t3")
+
+
+@needs_kernels
+def test_who_may_take_a_share_of_the_time_rests_in_between(tmp_path):
+    """Some twenty milliseconds of work, in turns of half a one: counted in rests, since time depends on the machine."""
+    file, table = file_of(tmp_path, {"t": random(1 << 24).float()})
+
+    def rests(share) -> tuple[int, torch.Tensor]:
+        before = resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
+        failed, out = load_bf16(file, table, share)
+        assert failed == 0
+        return resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw - before, out
+
+    (all_the_time, expected), (seldom, out) = rests(1.0), rests(0.5)
+    assert seldom > all_the_time + 10
+    assert torch.equal(out, expected)
+
+
+@needs_kernels
+def test_a_file_that_became_shorter_is_an_error(tmp_path):
+    file, table = file_of(tmp_path, {"t": random(40).float()})
+    os.truncate(file, file.stat().st_size - 1)
+    assert load_bf16(file, table)[0] == errno.EIO
+
+
+@needs_kernels
+def test_an_adapter_of_nan_is_refused_with_the_tensors_name(base_folder, adapter_folders, tmp_path):
+    shutil.copytree(adapter_folders["red"], folder := tmp_path / "nan")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    name = next(key for key in tensors if "lora_B" in key)
+    tensors[name][0, 0] = float("nan")
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    engine = Engine(load_base(str(base_folder), device="cpu"))
+    with pytest.raises(AdapterRefused, match=f"{re.escape(name)} holds NaN"):
+        engine.add_adapter("nan", folder)

@@ -18,6 +18,9 @@ class Adapter:
     key: str
     host_bytes: int = 10
 
+    def evicted(self) -> None:
+        """Nobody is told: what becomes of the memory is not what is tested here."""
+
 
 class ListDevice:
     """Each adapter takes ``pieces`` calls of advance."""

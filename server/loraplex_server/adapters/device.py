@@ -159,6 +159,7 @@ class DeviceAdapters:
         for path in self._paths:
             if tuner._check_target_module_exists(config, path):
                 self._adapt(path, empty, held)
+                _rest(held.layers[path], held.name)
                 self._fill(path, held, tensors)
             yield
         _none_left(tensors)
@@ -216,7 +217,6 @@ class DeviceAdapters:
         for attribute, container in _containers(layer, held.name):
             key = f"base_model.model.{path}.{attribute}"
             _each_parameter(container, held.name, lambda leaf, made, key=key: self._take(key + leaf, made, tensors))
-        layer.lora_dropout[held.name].eval()
         self._routing.filled(layer, held.slot, held.name)
 
     def _take(self, key: str, made: nn.Parameter, tensors: dict[str, torch.Tensor]) -> nn.Parameter:
@@ -263,9 +263,18 @@ def _each_parameter(container: Any, name: str, new: Callable[[str, nn.Parameter]
     if isinstance(made, nn.Parameter):
         container[name] = new("", made)
         return
-    for leaf, parameter in list(made.named_parameters()):
-        setattr(made, leaf, new(f".{leaf}", parameter))
-    made.eval()
+    parameters = made._parameters  # a module's own way there takes as long again as all the rest
+    for leaf, parameter in parameters.items():
+        if parameter is not None:
+            parameters[leaf] = new(f".{leaf}", parameter)
+
+
+def _rest(layer: LoraLayer, name: str) -> None:
+    """Put what peft has made for an adapter into eval mode."""
+    layer.lora_dropout[name].eval()
+    for _, container in _containers(layer, name):
+        if isinstance(made := container[name], nn.Module):
+            made.eval()
 
 
 def _without_memory(_: str, parameter: nn.Parameter) -> nn.Parameter:

@@ -324,6 +324,7 @@ class Residency:
         for key in sorted(idle, key=lambda key: key in self._on_device):  # else least recently used first
             if len(self._host) <= self.host_slots and self.host_bytes <= self.max_host_bytes:
                 return
+            self._host[key].evicted()
             self._drop(key)
             self._observer.evicted("host")
 

@@ -10,7 +10,7 @@ class EngineConfig:
     max_loras: int = 8  # adapters on the device
     max_host_loras: int = 32  # adapters in host memory, those on the device included
     max_host_bytes: int = 8 << 30  # of all adapters in host memory
-    install_share: float = 0.25  # of a step's time goes to the next adapter's way to the device; more if many wait
+    load_share: float = 0.1  # of the time goes to adapters on their way to host and device; more if many wait
     max_rank: int = 64
     max_rows: int = 16  # requests running at once
     max_waiting: int = 256  # requests queued; one more is refused

@@ -6,6 +6,7 @@ Owns the requests from the moment they are added until their last delta is hande
 import os
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -18,7 +19,7 @@ from time import monotonic
 import torch
 
 from loraplex_server.adapters.device import DeviceAdapters
-from loraplex_server.adapters.host import HostAdapter, read_adapter
+from loraplex_server.adapters.host import AdapterReader, HostAdapter
 from loraplex_server.adapters.residency import Observer, Place, Residency, Unobserved
 from loraplex_server.engine.attention import KVTensors
 from loraplex_server.engine.backend import prepare
@@ -117,6 +118,10 @@ class Engine:
         )
         self._folders: dict[str, Path] = {}  # of adapters that were added by hand
         self._fetch = fetch
+        cpu = base.device.type == "cpu"  # elsewhere the device casts faster than the host
+        self._reader = AdapterReader(
+            base.description, config.max_rank, pin=base.device.type == "cuda", dtype=backend.lora_dtype if cpu else None
+        )
         self.device = DeviceAdapters(base.model, config.max_loras, backend.lora_dtype, routing)
         self.residency = Residency(
             self.device,
@@ -134,7 +139,7 @@ class Engine:
         self._detokenizers: dict[str, Detokenizer] = {}
         self._ids = count()
         self._pinned: dict[str, str] = {}  # the adapter of each running request, by its id
-        self._forward_seconds = 0.0  # of the last step
+        self._forward_seconds: deque[float] = deque(maxlen=16)  # of the last steps
         self._install_left = 0.0  # seconds, of this step
 
     @property
@@ -150,7 +155,7 @@ class Engine:
         Raises:
             AdapterRefused: it cannot be used whole on this base, or requests for that name have not ended.
         """
-        adapter = self._read(name, Path(folder))
+        adapter = self._reader.read(name, Path(folder))
         if users := sum(r.adapter == name for r in (*self.scheduler.running, *self.scheduler.waiting)):
             raise AdapterRefused(f"adapter {name!r} is used by {users} requests, expected none while it is replaced")
         self.residency.put(adapter)
@@ -209,7 +214,7 @@ class Engine:
     def step(self) -> list[Delta]:
         """Compute some tokens of some requests; a request whose adapter or forward failed ends with its error."""
         failed: list[Delta] = []
-        self._install_left = self._install_seconds()
+        self._reader.share.value, self._install_left = self._shares()
         batch = self.scheduler.schedule(
             lambda request: self._place(request, failed), self._pin, self._release, self.residency.may_leave
         )
@@ -223,7 +228,7 @@ class Engine:
             tokens = self._forward_and_sample(batch)
         except Exception as error:  # this step's requests fail; the engine goes on
             return failed + [self._fail(row.request, error) for row in batch.rows]
-        self._forward_seconds = monotonic() - started
+        self._forward_seconds.append(monotonic() - started)
         return failed + self._finish(batch, tokens)
 
     def generate(
@@ -252,13 +257,18 @@ class Engine:
                     raise delta.request.error
         return [Completion(texts[r.id], r.output_ids, r.finish_reason or FinishReason.ERROR) for r in requests]
 
-    def _install_seconds(self) -> float:
-        """How long adapters may be worked on before this step; longer if many wait for one and few run."""
+    def _shares(self) -> tuple[float, float]:
+        """What adapters may take: how much of a core's time on their way to the host, and how many seconds of this step
+        on their way to the device. More if many wait for one and few run.
+        """
         if not self.scheduler.running:
-            return inf
-        on_device, share = set(self.residency.on_device), self.config.install_share
+            return 1, inf
+        on_device, share = set(self.residency.on_device), self.config.load_share
         waiting = sum(r.adapter is not None and r.adapter not in on_device for r in self.scheduler.waiting)
-        return self._forward_seconds * max(share, bool(share) * waiting / len(self.scheduler.running))
+        share = max(share, bool(share) * waiting / len(self.scheduler.running))
+        return share or 1, share * min(
+            self._forward_seconds, default=0.0
+        )  # the shortest: others may have had long prompts
 
     def _install(self) -> None:
         """Go on with the adapter on its way to the device for what is left of the share, one module at least."""
@@ -268,14 +278,9 @@ class Engine:
 
     def _load(self, key: str) -> HostAdapter:
         if folder := self._folders.get(key):
-            return self._read(key, folder)
+            return self._reader.read(key, folder)
         with self._fetch(key) as folder:
-            return self._read(key, folder)
-
-    def _read(self, key: str, folder: Path) -> HostAdapter:
-        device = self.base.device.type
-        dtype = self.backend.lora_dtype if device == "cpu" else None  # elsewhere the device casts faster than the host
-        return read_adapter(key, folder, self.base.description, self.config.max_rank, device == "cuda", dtype)
+            return self._reader.read(key, folder)
 
     def _place(self, request: Request, failed: list[Delta]) -> Place:
         if request.adapter is None:

@@ -19,7 +19,7 @@ import torch
 from platformdirs import user_cache_path
 
 _HERE = Path(__file__).parent
-_SOURCES = ("init.c", "lora.c", "nf4.c", "attention.c", "pointwise.c")
+_SOURCES = ("init.c", "lora.c", "nf4.c", "attention.c", "pointwise.c", "load.c")
 _CPU_FLAGS = {"amx_tile", "amx_bf16", "avx512f", "avx512bw", "avx512vl", "avx512_bf16"}
 # OpenMP is left unresolved: it is found in the library that torch has loaded, so that both share one team of threads.
 _FEATURES = ("avx512f", "avx512bw", "avx512vl", "avx512bf16", "fma", "amx-tile", "amx-bf16")
@@ -33,7 +33,9 @@ _ARGUMENTS = {
     "attend": [_P] * 7 + [_L] * 5 + [_F],
     "rms_norm": [_P] * 3 + [_L] * 2 + [_F],
     "silu_mul": [_P] * 3 + [_L],
+    "load_bf16": [ctypes.c_int, _P, _L] + [_P] * 5,
 }
+_RESULTS = {"load_bf16": _L}
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def native() -> Native:
         return Native(None, "the system does not let this process use AMX")
     for name, arguments in _ARGUMENTS.items():
         function = getattr(library, name)
-        function.argtypes, function.restype = arguments, None
+        function.argtypes, function.restype = arguments, _RESULTS.get(name)
     return Native(library)
 
 
