@@ -89,6 +89,7 @@ class TrainingSection(Section):
     seed: int = Field(default=42, ge=0, lt=2**63)
     save_every_steps: PositiveInt = 50
     log_every_steps: PositiveInt = 5
+    kernels: bool = True
 
 
 class EvaluationSection(Section):

@@ -29,6 +29,7 @@ from loraplex_trainer.config import RunConfig
 from loraplex_trainer.data import Encoded, Split, encode_split, end_of_sequence, read_split
 from loraplex_trainer.errors import CheckpointError, ConfigError, DataError, Interrupted
 from loraplex_trainer.evaluate import evaluate, score_table
+from loraplex_trainer.fast import use_kernels
 from loraplex_trainer.identity import difference, run_identity
 from loraplex_trainer.loop import Loop, mean_loss, stop_signals
 from loraplex_trainer.parent import find_parent
@@ -74,6 +75,8 @@ def _train_adapter(
     encoded = _encode(config, splits, base, console)
     torch.manual_seed(config.training.seed)
     model = attach_adapter(base, config.lora)
+    if config.training.kernels:
+        use_kernels(model)
     pad_id = pad if isinstance(pad := base.tokenizer.pad_token_id, int) else 0  # neither attended to nor labelled
     loop = Loop(model, encoded["train"].examples, config, pad_id)
     identity = _go_on(loop, config, splits, base, earlier) if earlier else _begin(loop, config, splits, base)

@@ -21,20 +21,22 @@ def fuse(model: nn.Module) -> None:
         return
     modules: Iterator[Any] = model.modules()
     for module in modules:
-        if _is_rms_norm(module):
-            _replace(module, _rms_norm(module), module.weight.shape[0])
-        elif _is_gated(module):
-            _replace(module, _gated(module), module.gate_proj.in_features)
+        if is_rms_norm(module):
+            replace(module, _rms_norm(module), module.weight.shape[0])
+        elif is_gated(module):
+            replace(module, _gated(module), module.gate_proj.in_features)
 
 
-def _replace(module: Any, fused: Callable[[torch.Tensor], torch.Tensor], width: int) -> None:
+def replace(module: Any, fused: Callable[[torch.Tensor], torch.Tensor], width: int) -> None:
+    """Let a module compute in another way, if that gives the same to within a rounding."""
     x = torch.randn(1, 2, width, generator=torch.Generator().manual_seed(0)).bfloat16()
     expected, given = module(x).float(), fused(x).float()
     if torch.allclose(given, expected, rtol=_CLOSE, atol=_CLOSE * float(expected.abs().max())):
         module.forward = fused
 
 
-def _is_rms_norm(module: Any) -> bool:
+def is_rms_norm(module: Any) -> bool:
+    """Whether a module may be an RMS norm in bfloat16: ``replace`` makes sure."""
     weight = getattr(module, "weight", None)
     return (
         type(module).__name__.endswith("RMSNorm")
@@ -42,16 +44,17 @@ def _is_rms_norm(module: Any) -> bool:
         and weight.dtype == torch.bfloat16
         and weight.ndim == 1
         and len(weight) % 16 == 0
-        and _epsilon(module) is not None
+        and epsilon_of(module) is not None
     )
 
 
-def _epsilon(module: Any) -> float | None:
+def epsilon_of(module: Any) -> float | None:
+    """What an RMS norm adds to the mean of squares, under whichever name it keeps it."""
     return getattr(module, "variance_epsilon", getattr(module, "eps", None))
 
 
 def _rms_norm(module: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-    weight, epsilon, kernel = module.weight, _epsilon(module), _library().rms_norm
+    weight, epsilon, kernel = module.weight, epsilon_of(module), _library().rms_norm
     width = len(weight)
 
     def forward(x: torch.Tensor) -> torch.Tensor:  # (…, width)
@@ -63,7 +66,8 @@ def _rms_norm(module: Any) -> Callable[[torch.Tensor], torch.Tensor]:
     return forward
 
 
-def _is_gated(module: Any) -> bool:
+def is_gated(module: Any) -> bool:
+    """Whether a module may be a gated feed-forward with SiLU: ``replace`` makes sure."""
     parts = ("gate_proj", "up_proj", "down_proj", "act_fn")
     return all(hasattr(module, part) for part in parts) and getattr(module.gate_proj, "out_features", 1) % 16 == 0
 

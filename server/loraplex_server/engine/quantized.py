@@ -34,13 +34,14 @@ def choose_kernels(model: torch.nn.Module, ours: bool = True, lean: bool = False
         weight = cast(Params4bit, layer.weight)
         if getattr(weight.quant_state, "packing_format_for_cpu", False):
             continue
-        if library and _fits(layer, weight.quant_state):
+        if library and fits(layer, weight.quant_state):
             layer.forward = _by_tiles(layer, weight)
         elif has_avx512bf16() and not lean:
             layer.forward = _by_rows(layer, weight, layer.forward)
 
 
-def _fits(layer: Linear4bit, state: Any) -> bool:
+def fits(layer: Linear4bit, state: Any) -> bool:
+    """Whether the kernels take a layer: NF4 in blocks of 64, of a shape that tiles divide, computing in bfloat16."""
     outputs, inputs = state.shape
     return (
         layer.compute_dtype == torch.bfloat16

@@ -7,6 +7,7 @@
 // products, so that a row of weights is one look-up, and tokens are the columns; a token's result is the same bits whatever
 // other tokens there are.
 
+#pragma once
 #include "lora.c"
 
 enum { BLOCK = 64, CODE_BYTES = TILE * BLOCK / 2, PANEL = 2 * TILE * BLOCK, AHEAD = 8, X_BYTES = 1 << 20 };

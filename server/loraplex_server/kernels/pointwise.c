@@ -31,3 +31,36 @@ void silu_mul(uint16_t *out, const uint16_t *gate, const uint16_t *up, long coun
         to_bf16(out + i, _mm512_mul_ps(rounded(silu), from_bf16(up + i)));
     }
 }
+
+// What rms_norm hands back to x: scale (weight dy - x scale^2 mean(weight dy x)), with scale = 1 / sqrt(mean(x^2) + epsilon).
+void rms_norm_grad(uint16_t *dx, const uint16_t *dy, const uint16_t *x, const uint16_t *weight, long rows, long width, float epsilon) {
+#pragma omp parallel for schedule(static) if (rows > 3)
+    for (long row = 0; row < rows; row++) {
+        const uint16_t *from = x + row * width, *given = dy + row * width;
+        __m512 squares = _mm512_setzero_ps(), along = _mm512_setzero_ps();
+        for (long i = 0; i < width; i += 16) {
+            __m512 value = from_bf16(from + i);
+            squares = _mm512_fmadd_ps(value, value, squares);
+            along = _mm512_fmadd_ps(_mm512_mul_ps(from_bf16(given + i), from_bf16(weight + i)), value, along);
+        }
+        float scale = 1 / sqrtf(_mm512_reduce_add_ps(squares) / width + epsilon);
+        __m512 all = _mm512_set1_ps(scale), back = _mm512_set1_ps(scale * scale * scale * _mm512_reduce_add_ps(along) / width);
+        for (long i = 0; i < width; i += 16) {
+            __m512 direct = _mm512_mul_ps(_mm512_mul_ps(from_bf16(given + i), from_bf16(weight + i)), all);
+            to_bf16(dx + row * width + i, _mm512_fnmadd_ps(from_bf16(from + i), back, direct));
+        }
+    }
+}
+
+// What silu_mul hands back to gate and up. count: a multiple of 16.
+void silu_mul_grad(uint16_t *dgate, uint16_t *dup, const uint16_t *dy, const uint16_t *gate, const uint16_t *up, long count) {
+    __m512 one = _mm512_set1_ps(1);
+#pragma omp parallel for schedule(static) if (count > 1 << 14)
+    for (long i = 0; i < count; i += 16) {
+        __m512 x = from_bf16(gate + i), given = from_bf16(dy + i), low = _mm512_sub_ps(_mm512_setzero_ps(), x);
+        __m512 open = _mm512_div_ps(one, _mm512_add_ps(one, exponential(low))), silu = _mm512_mul_ps(x, open);
+        __m512 slope = _mm512_fmadd_ps(silu, _mm512_sub_ps(one, open), open);
+        to_bf16(dup + i, _mm512_mul_ps(given, silu));
+        to_bf16(dgate + i, _mm512_mul_ps(_mm512_mul_ps(given, from_bf16(up + i)), slope));
+    }
+}

@@ -1,0 +1,144 @@
+"""Training by kernels against training by bitsandbytes' and peft's own layers: gradients, and whole runs."""
+
+import pytest
+import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn.modules import Linear4bit
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+
+from loraplex_server.engine.model import load_base
+from loraplex_server.kernels.native import native
+from loraplex_trainer.adapter import attach_adapter, trainable_parameters
+from loraplex_trainer.config import LoraSection
+from loraplex_trainer.fast import Packed, _Gate, _Norm, use_kernels
+
+pytestmark = pytest.mark.skipif(not native(), reason=f"{native().why_not}; gcc comes with: apt-get install gcc")
+
+
+def quantized_linear(inputs, outputs, seed=0) -> Linear4bit:
+    torch.manual_seed(seed)
+    layer = Linear4bit(
+        inputs, outputs, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4", compress_statistics=True
+    )
+    return layer.to("cpu")
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(64, 32), (128, 96), (192, 64), (2048, 256)])
+@pytest.mark.parametrize("rows", [1, 16, 17, 33, 300])
+def test_what_a_frozen_layer_hands_back_is_the_product_with_its_weight(inputs, outputs, rows):
+    layer = quantized_linear(inputs, outputs)
+    weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state).bfloat16().float()
+    dy = torch.randn(rows, outputs, generator=torch.Generator().manual_seed(rows)).bfloat16()
+    packed = Packed(layer)
+    dx = packed.grad(dy)
+    expected = dy.float() @ weight
+    torch.testing.assert_close(dx.float(), expected, rtol=0, atol=2**-8 * float(expected.abs().max()))
+    assert torch.equal(packed.grad(dy[:1]), dx[:1]), "the same bits in any company"
+
+
+def gradients(base_folder, fast, lora, ids) -> tuple[float, dict[str, torch.Tensor]]:
+    base = load_base(str(base_folder), device="cpu", dtype="bfloat16")
+    torch.manual_seed(0)
+    model = attach_adapter(base, lora)
+    with torch.no_grad():
+        for name, parameter in trainable_parameters(model).items():
+            if "lora_B" in name:
+                parameter.normal_(std=0.05)
+    changed = use_kernels(model) if fast else 0
+    assert bool(changed) == fast
+    torch.manual_seed(1)  # for dropout
+    model.train()
+    loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+    loss.backward()
+    return loss.item(), {name: p.grad for name, p in trainable_parameters(model).items() if p.grad is not None}
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        LoraSection(rank=4, alpha=8),
+        LoraSection(rank=40, alpha=8, rslora=True),
+        LoraSection(rank=4, alpha=8, dropout=0.5),
+        LoraSection(rank=4, alpha=8, target_modules=("q_proj", "down_proj")),
+    ],
+    ids=["plain", "wide", "dropout", "some"],
+)
+def test_gradients_are_those_of_the_reference(base_folder, lora):
+    ids = torch.randint(2, 300, (3, 21), generator=torch.Generator().manual_seed(0))
+    expected_loss, expected = gradients(base_folder, False, lora, ids)
+    loss, found = gradients(base_folder, True, lora, ids)
+    assert loss == pytest.approx(expected_loss, rel=0.003)
+    assert found.keys() == expected.keys()
+    for name, grad in expected.items():
+        assert (found[name].dtype, found[name].shape) == (torch.float32, grad.shape)
+        alike = torch.nn.functional.cosine_similarity(found[name].flatten(), grad.flatten(), dim=0)
+        assert alike > 0.995, name
+        assert found[name].norm().item() == pytest.approx(grad.norm().item(), rel=0.05), name
+
+
+def test_a_run_by_kernels_learns_what_the_reference_learns(train, write_run, receipt, tmp_path):
+    losses, weights = {}, {}
+    for kernels in (True, False, True):
+        run = {"base__quantization": "nf4", "base__dtype": "bfloat16", "training__kernels": kernels}
+        train(write_run(training__max_steps=30, **run))
+        losses.setdefault(kernels, []).append(receipt()["losses"])
+        weights.setdefault(kernels, []).append(load_file(tmp_path / "adapters/tagger/adapter_model.safetensors"))
+    fast, reference = losses[True][0], losses[False][0]
+    assert fast["train_first"] == pytest.approx(reference["train_first"], rel=0.003)
+    assert fast["train_last"] == pytest.approx(reference["train_last"], rel=0.1)
+    assert fast["train_last"] < 0.9 * fast["train_first"]
+    assert fast["heldout"] == pytest.approx(reference["heldout"], rel=0.1)
+    first, again = weights[True]
+    assert all(torch.equal(first[name], again[name]) for name in first), "equal runs give equal bytes"
+    assert any(not torch.equal(first[name], weights[False][0][name]) for name in first), "or nothing was compared"
+
+
+def test_adapters_that_look_at_the_base_s_weights_keep_bitsandbytes_layers(base_folder):
+    base = load_base(str(base_folder), device="cpu", dtype="bfloat16")
+    model = get_peft_model(base.model, LoraConfig(r=4, use_dora=True, target_modules=["q_proj"]))
+    before = sum(layer.weight.quant_state is not None for layer in model.modules() if isinstance(layer, Linear4bit))
+    changed = use_kernels(model)
+    after = sum(layer.weight.quant_state is not None for layer in model.modules() if isinstance(layer, Linear4bit))
+    assert (after, before - after) == (2, changed)
+    model(input_ids=torch.tensor([[5, 6, 7]]), labels=torch.tensor([[5, 6, 7]])).loss.backward()
+
+
+def close(found, expected) -> None:
+    torch.testing.assert_close(found.float(), expected.float(), rtol=0, atol=2**-7 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("rows", [1, 3, 50])
+def test_a_norm_hands_back_what_torch_does(rows):
+    random = torch.Generator().manual_seed(rows)
+    x, dy, weight = (torch.randn(*shape, generator=random).bfloat16() for shape in ((rows, 96), (rows, 96), (96,)))
+    wide = x.float().requires_grad_()
+    expected = torch.nn.functional.rms_norm(wide, (96,), weight.float(), 1e-5)
+    expected.backward(dy.float())
+    mine = x.clone().requires_grad_()
+    out = _Norm.apply(mine, weight, 1e-5)
+    out.backward(dy)
+    close(out, expected)
+    close(mine.grad, wide.grad)
+
+
+@pytest.mark.parametrize("rows", [1, 300])
+def test_a_gate_hands_back_what_torch_does(rows):
+    random = torch.Generator().manual_seed(rows)
+    gate, up, dy = (3 * torch.randn(rows, 64, generator=random).bfloat16() for _ in range(3))
+    wide = [gate.float().requires_grad_(), up.float().requires_grad_()]
+    (torch.nn.functional.silu(wide[0]) * wide[1]).backward(dy.float())
+    mine = [gate.clone().requires_grad_(), up.clone().requires_grad_()]
+    _Gate.apply(*mine).backward(dy)
+    for found, expected in zip(mine, wide, strict=True):
+        close(found.grad, expected.grad)
+
+
+def test_norms_and_gates_are_replaced_where_they_are_frozen(base_folder):
+    base = load_base(str(base_folder), device="cpu", dtype="bfloat16")
+    model = attach_adapter(base, LoraSection())
+    base.model.model.norm.weight.requires_grad_(True)
+    use_kernels(model)
+    own = [module for module in base.model.modules() if "forward" in vars(module)]
+    assert sum(type(module).__name__ == "LlamaRMSNorm" for module in own) == 4, "two in each layer, and not the last"
+    assert sum(type(module).__name__ == "LlamaMLP" for module in own) == 2

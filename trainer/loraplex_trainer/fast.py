@@ -1,0 +1,186 @@
+"""Training on a CPU with AMX: 4-bit layers that hand gradients back by kernels, and the adapters' part beside them.
+
+Without kernels, and for adapters that are more than two matrices, peft's own layers compute the same, more slowly: the
+reference that this is tested against. Knows layers, not data or steps.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+from bitsandbytes.nn.modules import Linear4bit
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+
+from loraplex_server.engine.fused import epsilon_of, is_gated, is_rms_norm, replace
+from loraplex_server.engine.quantized import fits, pack
+from loraplex_server.kernels.native import addresses, native
+
+NO_ADAPTERS = (0,) * 7
+
+
+class Packed:
+    """A frozen 4-bit layer as the kernels read it; bitsandbytes' layout of the same weights is given up."""
+
+    def __init__(self, layer: Linear4bit) -> None:
+        weight: Any = layer.weight
+        state = weight.quant_state
+        self.outputs, self.inputs = state.shape
+        self.codes, self.scales = pack(weight.data, state)
+        self.book = state.code.float()
+        self.bias = None if layer.bias is None else layer.bias.to(torch.bfloat16)
+        weight.data, weight.quant_state = self.codes, None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x W^T, plus the bias: (tokens, inputs) → (tokens, outputs), both bfloat16."""
+        out = x.new_empty(len(x), self.outputs)
+        constant = addresses(self.codes, self.scales, self.bias, self.book)
+        _library().nf4_linear(*addresses(out, x), *constant, len(x), self.inputs, self.outputs, *NO_ADAPTERS)
+        return out
+
+    def grad(self, dy: torch.Tensor) -> torch.Tensor:
+        """dy W: (tokens, outputs) → (tokens, inputs), both bfloat16."""
+        out = dy.new_empty(len(dy), self.inputs)
+        where = addresses(out, dy, self.codes, self.scales, self.book)
+        _library().nf4_grad(*where, len(dy), self.inputs, self.outputs)
+        return out
+
+
+class _Linear(torch.autograd.Function):
+    """The frozen layer, and B A x of one adapter for each span of tokens. A and B, in float32, are used in bfloat16."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, layer: Packed, spans: list[tuple[int, int, float]], *weights: torch.Tensor
+    ) -> torch.Tensor:
+        flat = x.to(torch.bfloat16).reshape(-1, layer.inputs).contiguous()
+        low = [weight.to(torch.bfloat16) for weight in weights]  # A, B of the first span, of the second, …
+        out = layer.forward(flat)
+        for (start, stop, scaling), a, b in zip(spans, low[::2], low[1::2], strict=True):
+            out[start:stop].addmm_(flat[start:stop] @ a.T, b.T, alpha=scaling)
+        ctx.layer, ctx.spans, ctx.shape, ctx.dtype = layer, spans, x.shape, x.dtype
+        ctx.save_for_backward(flat, *low)
+        return out.view(*x.shape[:-1], layer.outputs).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        layer, (flat, *low) = ctx.layer, ctx.saved_tensors
+        dy = grads[0].to(torch.bfloat16).reshape(-1, layer.outputs).contiguous()
+        dx = layer.grad(dy) if ctx.needs_input_grad[0] else None
+        of_weights: list[torch.Tensor] = []
+        for (start, stop, scaling), a, b in zip(ctx.spans, low[::2], low[1::2], strict=True):
+            x, mine = flat[start:stop], dy[start:stop]
+            dh = (mine @ b) * scaling  # (tokens, rank)
+            of_weights += [(dh.T @ x).float(), (mine.T @ (x @ a.T)).float() * scaling]
+            if dx is not None:
+                dx[start:stop].addmm_(dh, a)
+        return dx if dx is None else dx.view(ctx.shape).to(ctx.dtype), None, None, *of_weights
+
+
+def use_kernels(model: PeftModel) -> int:
+    """Let the model's 4-bit layers train by kernels, those with adapters and those without; returns how many can.
+
+    The base must be on a CPU and compute in bfloat16. Done once, before the first step, when all adapters are there.
+    """
+    if not native():
+        return 0
+    with torch.no_grad():
+        for module in model.modules():
+            _use_small_kernels(module)
+    wrapped = {id(layer.base_layer): layer for layer in model.modules() if isinstance(layer, LoraLayer)}
+    changed = 0
+    for layer in list(model.modules()):
+        if not isinstance(layer, Linear4bit) or not _can(layer):
+            continue
+        adapted: Any = wrapped.get(id(layer))
+        if adapted is not None and adapted.lora_variant:  # DoRA and its kind look at the base's weights themselves
+            continue
+        packed = Packed(layer)
+        layer.forward = partial(_alone, packed)
+        if adapted is not None:
+            adapted.forward = partial(_with_adapter, adapted, packed)
+        changed += 1
+    return changed
+
+
+class _Norm(torch.autograd.Function):
+    """An RMS norm of frozen weights, and what it hands back, in one pass each."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+        x = x.contiguous()
+        out, width, library = torch.empty_like(x), x.shape[-1], _library()
+        library.rms_norm(*addresses(out, x, weight), x.numel() // width, width, epsilon)
+        ctx.epsilon = epsilon
+        ctx.save_for_backward(x, weight)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        (x, weight), dy = ctx.saved_tensors, grads[0].contiguous()
+        dx, width = torch.empty_like(x), x.shape[-1]
+        _library().rms_norm_grad(*addresses(dx, dy, x, weight), x.numel() // width, width, ctx.epsilon)
+        return dx, None, None
+
+
+class _Gate(torch.autograd.Function):
+    """silu(gate) * up, and what it hands back, in one pass each."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate.contiguous(), up.contiguous()
+        out = torch.empty_like(gate)
+        _library().silu_mul(*addresses(out, gate, up), gate.numel())
+        ctx.save_for_backward(gate, up)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        (gate, up), dy = ctx.saved_tensors, grads[0].contiguous()
+        of_gate, of_up = torch.empty_like(gate), torch.empty_like(up)
+        _library().silu_mul_grad(*addresses(of_gate, of_up, dy, gate, up), gate.numel())
+        return of_gate, of_up
+
+
+def _use_small_kernels(module: Any) -> None:
+    if is_rms_norm(module) and not module.weight.requires_grad:
+        weight, epsilon = module.weight, epsilon_of(module)
+        replace(module, lambda x: _Norm.apply(x, weight, epsilon), module.weight.shape[0])  # pyright: ignore
+    elif is_gated(module):
+
+        def gated(x: torch.Tensor) -> torch.Tensor:
+            return module.down_proj(_Gate.apply(module.gate_proj(x), module.up_proj(x)))
+
+        replace(module, gated, module.gate_proj.in_features)
+
+
+def _library() -> Any:
+    return native().library
+
+
+def _can(layer: Linear4bit) -> bool:
+    state: Any = getattr(layer.weight, "quant_state", None)
+    return layer.weight.device.type == "cpu" and state is not None and fits(layer, state)
+
+
+def _alone(packed: Packed, x: torch.Tensor) -> torch.Tensor:
+    return _Linear.apply(x, packed, [])  # pyright: ignore[reportReturnType]
+
+
+def _with_adapter(layer: Any, packed: Packed, x: torch.Tensor) -> torch.Tensor:
+    """peft's forward of one layer: the active adapters on all tokens, or none where they are turned off."""
+    names = [] if layer.disable_adapters else [name for name in layer.active_adapters if name in layer.lora_A]
+    dropped = layer.training and any(getattr(layer.lora_dropout[name], "p", 0) for name in names)
+    if dropped or any(layer.lora_B[name].bias is not None for name in names):
+        return _by_peft(layer, _alone(packed, x), x, names)
+    tokens = x.shape[:-1].numel()
+    spans = [(0, tokens, layer.scaling[name]) for name in names]
+    weights = [part[name].weight for name in names for part in (layer.lora_A, layer.lora_B)]
+    return _Linear.apply(x, packed, spans, *weights)  # pyright: ignore[reportReturnType]
+
+
+def _by_peft(layer: Any, out: torch.Tensor, x: torch.Tensor, names: list[str]) -> torch.Tensor:
+    for name in names:
+        given = layer.lora_dropout[name](x.to(layer.lora_A[name].weight.dtype))
+        out = out + (layer.lora_B[name](layer.lora_A[name](given)) * layer.scaling[name]).to(out.dtype)
+    return out
