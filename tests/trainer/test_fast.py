@@ -142,3 +142,10 @@ def test_norms_and_gates_are_replaced_where_they_are_frozen(base_folder):
     own = [module for module in base.model.modules() if "forward" in vars(module)]
     assert sum(type(module).__name__ == "LlamaRMSNorm" for module in own) == 4, "two in each layer, and not the last"
     assert sum(type(module).__name__ == "LlamaMLP" for module in own) == 2
+
+
+@pytest.mark.parametrize("base", [{"dtype": "float32"}, {"dtype": "float32", "quantization": "none"}])
+def test_a_base_in_float32_is_left_as_it_is(base_folder, base):
+    model = attach_adapter(load_base(str(base_folder), device="cpu", **base), LoraSection())
+    assert use_kernels(model) == 0
+    assert not any("forward" in vars(module) for module in model.modules())

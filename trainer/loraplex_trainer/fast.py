@@ -80,9 +80,11 @@ class _Linear(torch.autograd.Function):
 def use_kernels(model: PeftModel) -> int:
     """Let the model's 4-bit layers train by kernels, those with adapters and those without; returns how many can.
 
-    The base must be on a CPU and compute in bfloat16. Done once, before the first step, when all adapters are there.
+    None can of a base that is not on a CPU or not in bfloat16. Done once, before the first step, when all adapters are
+    there.
     """
-    if not native():
+    embeddings: Any = model.get_input_embeddings()
+    if not native() or embeddings.weight.device.type != "cpu" or embeddings.weight.dtype != torch.bfloat16:
         return 0
     with torch.no_grad():
         for module in model.modules():
