@@ -15,10 +15,10 @@ from pathlib import Path
 
 from .base import describe_base
 from .blobs import Progress, silent, write_durably
-from .errors import InvalidAdapter, InvalidArchive, InvalidRequest, RegistryError
+from .errors import InvalidAdapter, InvalidArchive, InvalidReference, InvalidRequest, RegistryError
 from .manifest import CHUNK_BYTES, SHA256, Manifest
 from .places import sync_folder
-from .reference import check_digest, check_name
+from .reference import check_digest, check_name, check_tag
 from .registry import MANIFEST, Registry, base_ref, find_base
 from .remote import RemoteRegistry
 from .signing import holds
@@ -50,6 +50,7 @@ class Entry:
     digest: str
     message: str
     signatures: tuple[SignatureEntry, ...] = ()
+    tags: tuple[str, ...] = ()  # files of before tags travelled have none
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,8 @@ def import_versions(
     """Push what a file holds, in the order of its versions' numbers; each as soon as it was pushed.
 
     ``name`` is the name to keep them under, if they are of one. Every version gets the digest that it had, or is
-    refused; it gets the next number of its name. Signatures come along, aliases are not moved. Raises InvalidArchive,
-    and what push raises.
+    refused; it gets the next number of its name. Signatures and tags come along, aliases are not moved. What else is
+    told of a version (card, metrics, lineage) is told by its files. Raises InvalidArchive, and what push raises.
     """
     with tempfile.TemporaryDirectory() as temporary:
         blobs = Path(temporary) / "blobs"
@@ -120,21 +121,35 @@ def import_versions(
             description = replace(description, id=manifest.base.id, revision=manifest.base.revision, fingerprint=own)
             checked = check_adapter(folder, description, registry.limits)
             digest = Manifest(checked.files, base_ref(checked, description), checked.config).digest
-            for one in entry.signatures:  # before there is a version: a forged one is not half imported
-                if not holds(entry.digest, one.key, one.signature):
-                    raise InvalidArchive(f"'{file}': a signature of {entry.name}:{entry.number} is not its key's")
+            _check_told(entry, file)  # before there is a version: none is half imported
             if digest != entry.digest:
                 raise InvalidArchive(f"'{file}': {entry.name}:{entry.number} would become {digest}, not {entry.digest}")
             version = registry.push(check_name(name or entry.name), folder, base=description, message=entry.message)
             for one in entry.signatures:
                 registry.signatures.add(version.digest, one.key, one.signature)
+            if not set(entry.tags) <= set(version.tags):
+                tags = registry.tag(str(version), add=entry.tags).tags
+                version = replace(version, tags=tags)
             yield version
 
 
 def _entry(registry: AnyRegistry, version: Version) -> Entry:
     signed = [SignatureEntry(one.key, one.signature) for one in registry.signatures.of(version.digest)]
     by_key = tuple(sorted(signed, key=lambda one: one.key))  # in whichever order they were made
-    return Entry(version.name, version.number, version.digest, version.message, by_key)
+    return Entry(version.name, version.number, version.digest, version.message, by_key, version.tags)
+
+
+def _check_told(entry: Entry, file: Path) -> None:
+    """What is told of a version beside its files. Raises InvalidArchive."""
+    what = f"{entry.name}:{entry.number}"
+    for one in entry.signatures:
+        if not holds(entry.digest, one.key, one.signature):
+            raise InvalidArchive(f"'{file}': a signature of {what} is not its key's")
+    for tag in entry.tags:
+        try:
+            check_tag(tag)
+        except InvalidReference as error:
+            raise InvalidArchive(f"'{file}': {what}: {error}") from error
 
 
 def _add_version(

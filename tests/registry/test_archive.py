@@ -10,7 +10,7 @@ from loraplex_registry.archive import export_versions, import_versions
 from loraplex_registry.errors import BaseNotFound, InvalidAdapter, InvalidArchive, InvalidReference, InvalidRequest
 from loraplex_registry.registry import Registry
 
-from .conftest import Adapter, make_base
+from .conftest import Adapter, make_base, make_receipt
 
 
 @pytest.fixture
@@ -48,6 +48,39 @@ def test_versions_keep_their_digests_numbers_and_messages(exported, registry, el
     assert [version.pushed for version in import_versions(elsewhere, exported)] == [False] * 3
     export_versions(elsewhere, ["other", "quotes-tagger:1", "quotes-tagger:2"], tmp_path / "again.tar")
     assert (tmp_path / "again.tar").read_bytes() == exported.read_bytes()
+
+
+def test_what_is_told_of_a_version_comes_along(registry, elsewhere, base, tmp_path):
+    """Tags are in the index; card, metrics, lineage and parent are told by the files."""
+    told = {"name": "night-run", "seed": 42, "steps": 240, "template": {"prompt": "{quote} ->:", "stop": ["##"]}}
+    told |= {"data": {"train": {"path": "data/quotes.jsonl", "sha256": "ab" * 32}}, "parent": "sha256:" + "c" * 64}
+    folder = Adapter().write(tmp_path / "told", make_receipt(base, **told))
+    (folder / "README.md").write_text("# Quotes\n\nTags quotes.\n")
+    registry.push("quotes-tagger", folder, message="why")
+    there = registry.tag("quotes-tagger:1", add=["nlp", "beta"])
+    export_versions(registry, ["quotes-tagger"], tmp_path / "one.tar")
+    (version,) = import_versions(elsewhere, tmp_path / "one.tar")
+    assert (version.tags, version.pushed) == (("beta", "nlp"), True)
+    found = elsewhere.resolve("quotes-tagger:1")
+    for what in ("digest", "description", "lineage", "metrics", "parent", "message", "tags", "base", "bytes"):
+        assert getattr(found, what) == getattr(there, what), what
+    assert elsewhere.card(found.digest) == registry.card(there.digest)
+    assert [str(one) for one in elsewhere.search("tag:nlp")] == ["quotes-tagger:1"]
+    elsewhere.tag("quotes-tagger:1", add=["mine"], remove=["beta"])
+    (again,) = import_versions(elsewhere, tmp_path / "one.tar")
+    assert (again.tags, again.pushed) == (("beta", "mine", "nlp"), False)
+
+
+def test_a_file_of_before_tags_travelled(exported, registry, elsewhere, tmp_path):
+    def older(member, data):
+        if member.name != "index.json":
+            return data
+        told = json.loads(data)
+        assert [entry.pop("tags") for entry in told["versions"]] == [[], [], []]
+        return json.dumps(told).encode()
+
+    imported = list(import_versions(elsewhere, rewritten(exported, older, tmp_path)))
+    assert [version.tags for version in imported] == [(), (), ()]
 
 
 def test_into_the_same_registry_under_another_name(push, registry, tmp_path):
@@ -158,6 +191,8 @@ def index(**changes):
         (index(versions="all"), "is no export of a registry: versions"),
         (index(entry={"digest": "sha256:../../../etc"}), "cannot be read"),
         (index(entry={"digest": "sha256:" + "0" * 64}), "is not whole in this file"),
+        (index(entry={"tags": ["fine", "No tag"]}), "'No tag' is not a tag"),
+        (index(entry={"tags": "nlp"}), "is no export of a registry: versions.0.tags"),
     ],
 )
 def test_nothing_in_the_file_is_trusted(exported, elsewhere, tmp_path, change, said):
