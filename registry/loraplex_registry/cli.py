@@ -24,8 +24,9 @@ from .card import body_of
 from .completion import SHELLS, ReferenceType, script
 from .database import upgrade_catalog
 from .diff import Diff, compare
-from .errors import InvalidAdapter, InvalidReference, RegistryError, StoreUnavailable
+from .errors import InvalidAdapter, InvalidReference, RateLimited, RegistryError, StoreUnavailable
 from .pages import PAGE_LIMIT, pages, take
+from .patience import Patience
 from .rates import Rate
 from .reference import HubReference, Reference, check_name, check_tag, parse_alias
 from .registry import CATALOG, Registry
@@ -101,7 +102,10 @@ output_format = click.option("--format", "style", type=click.Choice(["table", "j
 
 @contextmanager
 def opened() -> Iterator[Registry | RemoteRegistry]:
-    with open_registry(click.get_current_context().obj) as registry:
+    def told(error: RateLimited) -> None:
+        click.echo(f"more than {error.limit} requests; waiting {error.retry_after_seconds} s", err=True)
+
+    with open_registry(click.get_current_context().obj, patience=Patience(told=told)) as registry:
         yield registry
 
 

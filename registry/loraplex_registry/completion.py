@@ -14,6 +14,7 @@ from click.shell_completion import CompletionItem, get_completion_class
 
 from .errors import RegistryError
 from .pages import write_cursor
+from .patience import Patience
 from .registry import CATALOG, Registry
 from .remote import RemoteRegistry, open_registry
 
@@ -79,6 +80,6 @@ def _just_before(name: str) -> str | None:
 
 def _opened(where: str | None) -> Registry | RemoteRegistry | None:
     if where and where.startswith(("http://", "https://")):
-        return RemoteRegistry(where, timeout=httpx.Timeout(PATIENCE_SECONDS))
+        return RemoteRegistry(where, timeout=httpx.Timeout(PATIENCE_SECONDS), patience=Patience(0))
     root = Path(where).expanduser() if where else Registry.default_root()
     return open_registry(root) if (root / CATALOG).exists() else None

@@ -246,13 +246,17 @@ class TooManyWatchers(RegistryError, OSError):
 
 
 class RateLimited(RegistryError, OSError):
-    """`limit` is the rate that was passed, as 600/min; `retry_after_seconds` is when one more request is taken."""
+    """`limit` is the rate that was passed, as 600/min; `retry_after_seconds` is when one more request is taken.
+
+    `waited_seconds` is how long a client did before it gave up.
+    """
 
     code = "rate_limited"
 
-    def __init__(self, limit: str, retry_after_seconds: int) -> None:
-        self.limit, self.retry_after_seconds = limit, retry_after_seconds
-        super().__init__(f"more than {limit} requests; try again in {retry_after_seconds} s")
+    def __init__(self, limit: str, retry_after_seconds: int, waited_seconds: int = 0) -> None:
+        self.limit, self.retry_after_seconds, self.waited_seconds = limit, retry_after_seconds, waited_seconds
+        waited = f"waited {waited_seconds} s in vain; " if waited_seconds else ""
+        super().__init__(f"more than {limit} requests; {waited}try again in {retry_after_seconds} s")
 
 
 class SigningUnavailable(RegistryError, OSError):

@@ -4,9 +4,10 @@ Trusts no bytes: manifests and files are proven by their digests here. Knows the
 """
 
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -17,11 +18,21 @@ from .base import BaseDescription, describe_base
 from .blobs import Progress, materialize, proven, read_chunks, silent
 from .card import card_of
 from .credentials import token_for
-from .errors import CorruptBlob, InvalidRequest, MissingBlobs, RegistryError, RemoteError, UnknownDigest, WrongOffset
+from .errors import (
+    CorruptBlob,
+    InvalidRequest,
+    MissingBlobs,
+    RateLimited,
+    RegistryError,
+    RemoteError,
+    UnknownDigest,
+    WrongOffset,
+)
 from .events import StreamSource
 from .garbage import GRACE_SECONDS
 from .manifest import CHUNK_BYTES, FileEntry, Manifest, sha256_of
 from .pages import PAGE, Listing, Page, check_limit, take
+from .patience import Patience
 from .reference import Reference, check_alias, check_digest, check_name, parse_alias, parse_version
 from .registry import AUDIT_LIMIT, MANIFEST, SEARCH_LIMIT, Registry, find_base
 from .remote_protections import RemoteProtections
@@ -45,7 +56,8 @@ T = TypeVar("T")
 class RemoteRegistry:
     """A registry behind a URL. Safe for many threads.
 
-    `token` defaults to LORAPLEX_REGISTRY_TOKEN, then to what `registry login` kept for the URL.
+    `token` defaults to LORAPLEX_REGISTRY_TOKEN, then to what `registry login` kept for the URL. `patience` is for a
+    server that takes no more requests just now; each of ours waits by itself.
     """
 
     def __init__(
@@ -54,8 +66,9 @@ class RemoteRegistry:
         token: str | None = None,
         limits: Limits | None = None,
         timeout: httpx.Timeout | float = TIMEOUT_SECONDS,
+        patience: Patience | None = None,
     ) -> None:
-        self.url, self.limits = url.rstrip("/"), limits or Limits()
+        self.url, self.limits, self._patience = url.rstrip("/"), limits or Limits(), patience or Patience()
         token = token or token_for(self.url)
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         self.tokens, self.signatures = RemoteTokens(self._value), RemoteSignatures(self._value)
@@ -182,7 +195,7 @@ class RemoteRegistry:
         self, ref: str | None = None, after: int | None = None, cut: Callable[[RegistryError], None] = ignore
     ) -> Watch:
         """As Registry.watch. A stream that is cut, or silent for too long, is asked for again where it broke off."""
-        return Watch(StreamSource(self._answer, ref), after, cut)
+        return self._patience.through(lambda: Watch(StreamSource(self._answer_now, ref), after, cut))
 
     def verify(self, ref: str | Reference | None = None) -> "list[Fault]":
         """As Registry.verify; the server hashes, so it may take as long as it takes."""
@@ -237,8 +250,8 @@ class RemoteRegistry:
                 told_bytes = max(offset, told_bytes)
 
         def send(offset: int) -> None:
-            headers = {"Upload-Offset": str(offset)}
-            with self._answer("PUT", f"/v1/blobs/sha256:{entry.sha256}", content=counted(offset), headers=headers):
+            headers, route = {"Upload-Offset": str(offset)}, f"/v1/blobs/sha256:{entry.sha256}"
+            with self._answer("PUT", route, content=lambda: counted(offset), headers=headers):
                 pass
 
         pauses = iter(RETRY_SECONDS)
@@ -288,7 +301,22 @@ class RemoteRegistry:
         return answer[key]
 
     @contextmanager
-    def _answer(self, method: str, route: str, **options: Any) -> Iterator[httpx.Response]:
+    def _answer(
+        self, method: str, route: str, *, content: Callable[[], Iterator[bytes]] | None = None, **options: Any
+    ) -> Iterator[httpx.Response]:
+        """As `_answer_now`, after as many tries as the server wants and there is patience for.
+
+        `content` gives the body, anew for each try.
+        """
+
+        def ask() -> AbstractContextManager[httpx.Response]:
+            return self._answer_now(method, route, **options | ({"content": content()} if content else {}))
+
+        with ExitStack() as held:
+            yield self._patience.through(lambda: held.enter_context(ask()))
+
+    @contextmanager
+    def _answer_now(self, method: str, route: str, **options: Any) -> Iterator[httpx.Response]:
         """A successful answer, its body still to be read. Raises the server's error as the class it had there."""
         try:
             with self._http.stream(method, route, **options) as response:
@@ -301,24 +329,32 @@ class RemoteRegistry:
 
     def _error(self, response: httpx.Response) -> Exception:
         try:
-            return load_error(response.json())
+            error = load_error(response.json())
         except ValueError:
-            return RemoteError(f"the registry at {self.url} answered {response.status_code} {response.reason_phrase}")
+            error = RemoteError(f"the registry at {self.url} answered {response.status_code} {response.reason_phrase}")
+        if response.status_code == 429 and not isinstance(error, RateLimited):  # a proxy's, with words of its own
+            asked = response.headers.get("Retry-After", "")
+            return RateLimited("the allowed", int(asked) if re.fullmatch("[0-9]{1,9}", asked) else 1)
+        return error
 
 
 _Moves, _Faults = list[AliasMove], list[Fault]  # the class has a method called list
 
 
 def open_registry(
-    where: str | Path | None = None, *, database: str | None = None, store: str | None = None
+    where: str | Path | None = None,
+    *,
+    database: str | None = None,
+    store: str | None = None,
+    patience: Patience | None = None,
 ) -> Registry | RemoteRegistry:
     """The registry in a folder or behind a URL; None is the default folder. Raises StoreUnavailable.
 
     A folder's catalog lies in `database`, else in LORAPLEX_REGISTRY_DATABASE, else in the folder; its blobs in `store`,
-    else in LORAPLEX_REGISTRY_STORE, else in the folder.
+    else in LORAPLEX_REGISTRY_STORE, else in the folder. `patience` is for a URL.
     """
     if where and str(where).startswith(("http://", "https://")):
-        return RemoteRegistry(str(where))
+        return RemoteRegistry(str(where), patience=patience)
     database, store = database or os.environ.get(DATABASE), store or os.environ.get(STORE)
     return Registry(where or Registry.default_root(), database=database, store=store)
 

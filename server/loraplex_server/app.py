@@ -14,6 +14,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from loraplex_registry.patience import Patience
 from loraplex_registry.remote import open_registry
 from loraplex_server.adapters.disk import folders
 from loraplex_server.config import ServerConfig
@@ -26,6 +27,8 @@ from loraplex_server.problems import Problem
 from loraplex_server.routes import ROUTES
 from loraplex_server.service import Service
 
+REGISTRY_WAIT_SECONDS = 5  # a completion that has to ask a registry which takes no more requests just now
+
 
 def create_app(config: ServerConfig, base: Base | None = None) -> Starlette:
     """The application, with its base loaded (or handed over) and its engine ready to start.
@@ -33,7 +36,7 @@ def create_app(config: ServerConfig, base: Base | None = None) -> Starlette:
     Raises:
         EngineError, RegistryError: the base or the registry cannot be opened.
     """
-    registry = open_registry(config.registry)
+    registry = open_registry(config.registry, patience=Patience(REGISTRY_WAIT_SECONDS))
     base = base or load_base(config.base, config.revision, config.quantization, config.device, config.dtype)
     metrics = Metrics(
         max_adapters=config.metrics_adapters,

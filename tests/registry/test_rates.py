@@ -1,17 +1,23 @@
 """Rate limits: buckets on a clock of the test's own, and a real server that says when to come back."""
 
+import time
+
 import httpx
 import pytest
 from click.testing import CliRunner
 from serving import serving
+from starlette.responses import PlainTextResponse
 
 from loraplex_registry.auth import _address
 from loraplex_registry.cli import cli
-from loraplex_registry.errors import InvalidRequest, RateLimited, Unauthorized
+from loraplex_registry.errors import InvalidRequest, RateLimited, Unauthorized, UnknownAdapter
 from loraplex_registry.http import create_app
+from loraplex_registry.patience import Patience
 from loraplex_registry.rates import Buckets, Rate
 from loraplex_registry.registry import Registry
 from loraplex_registry.remote import RemoteRegistry
+
+from .conftest import Adapter, make_receipt
 
 
 @pytest.fixture
@@ -123,6 +129,75 @@ def test_wrong_tokens_and_none_count_for_the_address(local):
             wrong.list()
         with RemoteRegistry(url, made.secret) as registry:
             assert registry.list() == []
+
+
+class Throttled:
+    """Refuses every request once as a proxy does, with words of its own, and then lets the same one through."""
+
+    def __init__(self, app, retry_after: str = "0", always: bool = False) -> None:
+        self.app, self.retry_after, self.always = app, retry_after, always
+        self.refused: list[str] = []
+        self._due: set[str] = set()
+
+    async def __call__(self, scope, receive, send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        asked = f"{scope['method']} {scope['path']}"
+        if asked in self._due and not self.always:
+            self._due.remove(asked)
+            await self.app(scope, receive, send)
+            return
+        self._due.add(asked)
+        self.refused.append(asked)
+        answer = PlainTextResponse("slow down", 429, {"Retry-After": self.retry_after})
+        await answer(scope, receive, send)
+
+
+def test_every_call_waits_for_its_turn(local, base, tmp_path):
+    throttled, told = Throttled(create_app(local)), []
+    folder = Adapter().write(tmp_path / "adapter", make_receipt(base))
+    (folder / "README.md").write_text("A card.")
+    (folder / "large.npy").write_bytes(bytes(range(256)) * 8192)  # over what is sent anew after a cut
+    with serving(throttled) as url, RemoteRegistry(url, patience=Patience(told=told.append)) as registry:
+        with registry.watch() as moves:
+            assert registry.push("quotes-tagger", folder, base=base).pushed
+            assert registry.promote("quotes-tagger:1", "production").moved
+            assert str(next(moves)) == "quotes-tagger@production"
+        version = registry.pull("quotes-tagger", tmp_path / "pulled")
+        assert registry.card(version.digest) == "A card."
+        assert [str(one) for one in registry.list()] == ["quotes-tagger:1"]
+        assert registry.signatures.of(version.digest) == []
+        assert registry.tokens.list() == []
+        with pytest.raises(UnknownAdapter):
+            registry.resolve("nothing")
+    assert local.verify() == []
+    assert {"GET /v1/watch", "POST /v1/adapters/quotes-tagger/versions", "GET /v1/resolve"} <= {*throttled.refused}
+    assert sum(asked.startswith("PUT /v1/blobs/") for asked in throttled.refused) == 5
+    assert len(told) == len(throttled.refused)
+    assert str(told[0]) == "more than the allowed requests; try again in 0 s"
+
+
+def test_a_wait_has_an_end(local):
+    with serving(Throttled(create_app(local), "1", always=True)) as url:
+        with RemoteRegistry(url, patience=Patience(1.5)) as registry:
+            began = time.monotonic()
+            with pytest.raises(RateLimited, match="waited 1 s in vain; try again in 1 s"):
+                registry.list()
+            assert 1 <= time.monotonic() - began < 1.5
+        with RemoteRegistry(url, patience=Patience(0.5)) as registry:
+            began = time.monotonic()
+            for ask in (registry.list, registry.watch):
+                with pytest.raises(RateLimited, match="more than the allowed requests; try again in 1 s"):
+                    ask()  # there is no use in waiting for less than is asked
+            assert time.monotonic() - began < 0.5
+
+
+def test_a_command_waits_and_says_so(local):
+    with serving(Throttled(create_app(local))) as url:
+        answer = CliRunner().invoke(cli, ["--registry", url, "list"])
+    assert (answer.exit_code, answer.stdout[:15]) == (0, "no adapters yet")
+    assert answer.stderr == "more than the allowed requests; waiting 0 s\n"
 
 
 def test_without_a_rate_there_is_no_limit(local):
