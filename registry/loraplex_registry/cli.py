@@ -27,6 +27,7 @@ from .diff import Diff, compare
 from .errors import InvalidAdapter, InvalidReference, RateLimited, RegistryError, StoreUnavailable
 from .pages import PAGE_LIMIT, pages, take
 from .patience import Patience
+from .protections import Approval
 from .rates import Rate
 from .reference import HubReference, Reference, check_name, check_tag, parse_alias
 from .registry import CATALOG, Registry
@@ -405,10 +406,11 @@ def show(ref: str, style: str) -> None:
         version = registry.resolve(ref)
         manifest, card = registry.manifest(version.digest), registry.card(version.digest)
         signatures = registry.signatures.of(version.digest)
+        approvals = registry.protections.approvals(str(version))
     if style == "json":
         signed = [dump(Signature, one) | {"key_id": one.key_id} for one in signatures]
         told = {"version": _plain(version), "manifest": json.loads(manifest.canonical()), "card": card}
-        _print_json(told | {"signatures": signed})
+        _print_json(told | {"signatures": signed, "approvals": dump(list[Approval], approvals)})
         return
     base, template = version.base, version.lineage.template
     table = Table.grid(padding=(0, 2))
@@ -435,6 +437,7 @@ def show(ref: str, style: str) -> None:
         "pushed": f"{_when(version)} by {version.created_by}",
         "message": version.message or "none",
         "signed": "\n".join(f"{one.key_id} by {one.who}" for one in signatures) or "by nobody",
+        "approved": "\n".join(map(_approval_line, approvals)) or "by nobody",
         "files": "\n".join(f"{file.path}  {decimal(file.bytes)}  sha256:{file.sha256}" for file in manifest.files),
     }.items():
         table.add_row(key, str(value))
@@ -783,6 +786,10 @@ def _print_card(card: str) -> None:
 def _dataset_line(dataset: Dataset) -> str:
     examples = "" if dataset.examples is None else f"  {dataset.examples:,} examples"
     return f"{dataset.split}: {dataset.path}{examples}" + (f"  sha256:{dataset.sha256}" if dataset.sha256 else "")
+
+
+def _approval_line(approval: Approval) -> str:
+    return f"for {approval.alias} by {approval.who}, {approval.at.astimezone():%Y-%m-%d %H:%M}"
 
 
 def _run_line(lineage: Lineage) -> str:

@@ -78,6 +78,7 @@ SCOPES = {  # what a token needs for each route; one that is not here cannot be 
     "POST /v1/protect": ADMIN,
     "POST /v1/unprotect": ADMIN,
     "POST /v1/approve": PROMOTE,
+    "GET /v1/approvals": READ,
     "GET /v1/whoami": READ,
     "GET /v1/tokens": ADMIN,
     "POST /v1/tokens": ADMIN,
@@ -181,6 +182,7 @@ def create_app(
             Route("/v1/protect", protect, methods=["POST"]),
             Route("/v1/unprotect", unprotect, methods=["POST"]),
             Route("/v1/approve", approve, methods=["POST"]),
+            Route("/v1/approvals", list_approvals),
             Route("/v1/whoami", whoami),
             Route("/v1/tokens", list_tokens),
             Route("/v1/tokens", create_token, methods=["POST"]),
@@ -317,6 +319,11 @@ def list_signatures(request: Request) -> Response:
 
 def list_protections(request: Request) -> Response:
     return JSONResponse({"data": dump(list[Rule], _registry(request).protections.list())})
+
+
+def list_approvals(request: Request) -> Response:
+    found = _registry(request).protections.approvals(_query(request, "ref"))
+    return JSONResponse({"data": dump(list[Approval], found)})
 
 
 def whoami(request: Request) -> Response:

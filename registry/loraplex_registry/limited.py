@@ -314,3 +314,7 @@ class LimitedProtections:
         self._registry.own(parsed.name)
         with silent_of_others(self._registry.prefix):
             return self._protections.approve(parsed, alias, who=who)
+
+    def approvals(self, ref: str) -> "list[Approval]":
+        version = self._registry.resolve(ref)  # which answers as if other names were not there
+        return self._protections.approvals(str(version))

@@ -162,6 +162,9 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("POST", "/v1/protect"): Operation("Give an alias a rule.", Rule, body=bodies.PROTECT, errors=_GUARDED),
     ("POST", "/v1/unprotect"): Operation("Take an alias's rule away.", Rule, body=bodies.UNPROTECT, errors=_GUARDED),
     ("POST", "/v1/approve"): Operation("Say yes to a version.", Approval, body=bodies.APPROVE, errors=_GUARDED),
+    ("GET", "/v1/approvals"): Operation(
+        "Who said yes to a version, and for which alias.", _data(list[Approval]), ("ref",), ("ref",), errors=_NAMES
+    ),
     ("GET", "/v1/whoami"): Operation("Who asks, and what they may.", Identity),
     ("GET", "/v1/tokens"): Operation("Tokens, without their secrets.", _data(list[Token])),
     ("POST", "/v1/tokens"): Operation(

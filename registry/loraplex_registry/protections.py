@@ -161,6 +161,16 @@ class Protections:
             db.execute(_approvals.insert().values(row | {"at": at.isoformat()}))
         return Approval(**row, at=at)
 
+    def approvals(self, ref: str | Reference) -> "list[Approval]":
+        """Who said yes to a version, under which alias, the first first. Raises InvalidReference, NotFound."""
+        version = self._catalog.resolve(ref if isinstance(ref, Reference) else Reference.parse(ref))
+        mine = sa.select(_approvals).filter_by(name=version.name, number=version.number).order_by(_approvals.c.id)
+        with self._catalog.reading() as db:
+            return [
+                Approval(row.name, row.number, row.alias, row.who, datetime.fromisoformat(row.at))
+                for row in db.execute(mine)
+            ]
+
     def unmet(self, db: sa.Connection, version: Version, alias: str) -> "list[str]":
         """What the alias's rule asks and the version does not have, inside a transaction; nothing without a rule."""
         rule = self._rule(db, version.name, alias)

@@ -34,5 +34,8 @@ class RemoteProtections:
     def approve(self, ref: str | Reference, alias: str) -> Approval:
         return self._ask(Approval, "POST", "/v1/approve", json={"ref": str(ref), "for": alias})
 
+    def approvals(self, ref: str | Reference) -> "list[Approval]":
+        return self._ask(_Approvals, "GET", "/v1/approvals", params={"ref": str(ref)}, key="data")
 
-_Rules = list[Rule]  # the class has a method called list
+
+_Rules, _Approvals = list[Rule], list[Approval]  # the class has a method called list

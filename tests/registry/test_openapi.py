@@ -83,6 +83,7 @@ def test_answers_are_as_told(local):
         ("GET", "/v1/signatures", {}, {"params": {"digest": digest}}),
         ("POST", "/v1/protect", {}, {"json": {"ref": "quotes-tagger@production", "require": ["rank<=8"]}}),
         ("GET", "/v1/protections", {}, {}),
+        ("GET", "/v1/approvals", {}, {"params": {"ref": "quotes-tagger"}}),
         ("POST", "/v1/unprotect", {}, {"json": {"ref": "quotes-tagger@production"}}),
         ("GET", "/v1/whoami", {}, {}),
         ("GET", "/v1/uploads/{digest}", {"digest": new}, {}),

@@ -1,6 +1,7 @@
 """Protected aliases: the rule is checked where the alias moves, whoever asks; and what of it is not met is named."""
 
 import json
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -167,6 +168,9 @@ def test_an_approver_approves_a_version_for_an_alias(team):
     assert ada.protections.approve("quotes-tagger", "production").number == 2  # the newest
     assert ada.protections.approve("quotes-tagger:1", "production") == approval
     assert eve.promote("quotes-tagger:1", "production").who == "eve"
+    told = team["carl"].protections.approvals("quotes-tagger@production")
+    assert [(one.alias, one.who) for one in told] == [("production", "eve"), ("staging", "ada"), ("production", "ada")]
+    assert told[-1] == approval
     approved = [act for act in root.audit(NAME) if act.action == "approve"][::-1]
     assert [(act.who, act.subject, act.reason) for act in approved] == [
         ("eve", "quotes-tagger:1", "for production"),
@@ -204,6 +208,8 @@ def test_a_prefix_has_only_its_own_rules(team):
         ):
             with pytest.raises(Forbidden, match="is for names that begin with 'other-'"):
                 act()
+        with pytest.raises(UnknownAdapter):
+            other.protections.approvals("quotes-tagger:1")
         with pytest.raises(UnknownAdapter) as caught:
             other.protections.protect("other-x", "production", ["rank<=64"])
         assert caught.value.nearest is None
@@ -245,8 +251,13 @@ def test_protect_approve_promote_and_unprotect(run, tmp_path):
     assert (refused.exit_code, refused.stdout, refused.stderr.count("\n")) == (1, "", 1)
     assert "; an approval by ada or bob is required, and it has none" in refused.stderr
     assert run("sign", "quotes-tagger:1", "--key", "release.key").exit_code == 0
+    assert json.loads(run("show", "quotes-tagger", "--format", "json").stdout)["approvals"] == []
     approved = run("approve", "quotes-tagger:1", "--for", "production")
     assert approved.stdout == "approved quotes-tagger:1 for production as ada\n"
+    (told,) = json.loads(run("show", "quotes-tagger", "--format", "json").stdout)["approvals"]
+    assert (told["name"], told["number"], told["alias"], told["who"]) == (NAME, 1, "production", "ada")
+    at = datetime.fromisoformat(told["at"]).astimezone()
+    assert f"  for production by ada, {at:%Y-%m-%d %H:%M}" in run("show", "quotes-tagger").stdout
     assert (
         run("promote", "quotes-tagger:1", "--to", "production").stdout == "quotes-tagger@production: quotes-tagger:1\n"
     )
