@@ -37,8 +37,8 @@ from .tables import SELECT as _SELECT
 from .tables import alias_move_of as _alias_move
 from .tables import alias_moves as _moves
 from .tables import aliases as _aliases
+from .tables import begins, metric_rows
 from .tables import deletions as _deletions
-from .tables import metric_rows
 from .tables import metrics as _metrics
 from .tables import row_of as _row
 from .tables import tag_changes as _tag_changes
@@ -107,7 +107,7 @@ class Catalog:
         Of names that begin with a prefix.
         """
         wanted = {column: word for column, word in (("name", name), ("alias", alias)) if word}
-        rows = sa.select(_moves).where(_moves.c.id > after, *_begins(_moves.c.name, prefix)).filter_by(**wanted)
+        rows = sa.select(_moves).where(_moves.c.id > after, *begins(_moves.c.name, prefix)).filter_by(**wanted)
         found = rows.order_by(_moves.c.id).limit(limit)
         with self._read() as db:
             return [_alias_move(row) for row in db.execute(found)]
@@ -115,7 +115,7 @@ class Catalog:
     def digests(self, prefix: str) -> list[str]:
         """The digests of all versions, deleted ones too, of names that begin with a prefix."""
         with self._read() as db:
-            return list(db.scalars(sa.select(_versions.c.digest).where(*_begins(_versions.c.name, prefix)).distinct()))
+            return list(db.scalars(sa.select(_versions.c.digest).where(*begins(_versions.c.name, prefix)).distinct()))
 
     def named(self, digest: str) -> list[tuple[str, int]]:
         """The names and numbers of the versions with a digest that are not deleted."""
@@ -363,7 +363,3 @@ def _condition(ref: Reference) -> tuple[sa.ColumnElement[bool], ...]:
 def _hold_to(unmet: list[str], version: Version, alias: str) -> None:
     if unmet:
         raise RequirementNotMet(f"{version.name}@{alias} does not move to {version}: {'; '.join(unmet)}")
-
-
-def _begins(column: sa.ColumnElement[Any], prefix: str) -> tuple[sa.ColumnElement[bool], ...]:
-    return (column.startswith(prefix, autoescape=True),) if prefix else ()

@@ -24,6 +24,7 @@ from .card import body_of
 from .completion import SHELLS, ReferenceType, script
 from .database import upgrade_catalog
 from .diff import Diff, compare
+from .drafts import OpenDraft
 from .errors import InvalidAdapter, InvalidReference, RateLimited, RegistryError, StoreUnavailable
 from .pages import PAGE_LIMIT, pages, take
 from .patience import Patience
@@ -370,6 +371,28 @@ def versions(name: str, limit: int | None, style: str) -> None:
     with opened() as registry:
         found = registry.versions(name)[::-1][:limit]
     _print_versions(found, style)
+
+
+@verb
+@click.argument("name", type=NAME, required=False)
+@most
+@output_format
+def drafts(name: str | None, limit: int | None, style: str) -> None:
+    """What Hub clients uploaded to NAME, or to any name, and nobody published yet."""
+    with opened() as registry:
+        found = take(lambda size, cursor: registry.drafts.page(name, size, cursor), limit)
+        where = _where(registry)
+    if style == "json":
+        _print_json(dump(list[OpenDraft], found))
+        return
+    if not found:
+        click.echo(f"no unpublished files in {where}")
+        return
+    table = _table("adapter", "files", "size", "last change", "by")
+    for draft in found:
+        at = f"{draft.at.astimezone():%Y-%m-%d %H:%M}"
+        table.add_row(draft.name, str(draft.files), decimal(draft.bytes), at, draft.who)
+    _print(table)
 
 
 @verb

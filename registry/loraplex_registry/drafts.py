@@ -14,9 +14,11 @@ from datetime import UTC, datetime
 import sqlalchemy as sa
 
 from .database import Database, Writing
-from .errors import InvalidRequest, StaleParent, TooLarge, UnknownAdapter, UnknownFile
+from .errors import InvalidRequest, NoDraft, StaleParent, TooLarge, UnknownAdapter, UnknownFile
 from .manifest import FileEntry
-from .tables import LONG, METADATA
+from .pages import PAGE, Page, check_limit, page_of, read_cursor, take
+from .reference import check_name
+from .tables import LONG, METADATA, begins
 from .validate import FILES
 
 _COMMIT_CHARACTERS = 40
@@ -62,6 +64,17 @@ class Draft:
 
 
 @dataclass(frozen=True)
+class OpenDraft:
+    """What is told of a draft to those who ask which there are: how many files and bytes, who changed it last, when."""
+
+    name: str
+    files: int
+    bytes: int
+    who: str
+    at: datetime
+
+
+@dataclass(frozen=True)
 class Changes:
     """One commit: files to put in, files and folders to take out, who does it and why.
 
@@ -92,6 +105,31 @@ class Drafts:
         """The name's draft, or None."""
         with self._database.reading() as db:
             return _find(db, name)
+
+    def page(
+        self, name: str | None = None, limit: int = PAGE, cursor: str | None = None, *, prefix: str = ""
+    ) -> Page[OpenDraft]:
+        """The drafts by name, or a name's own; of names that begin with a prefix.
+
+        Raises InvalidReference, InvalidRequest, NoDraft.
+        """
+        question = f"drafts of {name or 'all'}"
+        after = read_cursor(cursor, question, [str])
+        named = [_commits.c.name == check_name(name)] if name is not None else []
+        further = [_commits.c.name > after[0]] if after else []
+        found = _told(check_limit(limit) + 1, *named, *further, *begins(_commits.c.name, prefix))
+        with self._database.reading() as db:
+            drafts = [
+                OpenDraft(row.name, row.files, int(row.bytes), row.who, datetime.fromisoformat(row.at))
+                for row in db.execute(found)
+            ]
+        if name is not None and not drafts and not cursor:
+            raise NoDraft(name)
+        return page_of(drafts, limit, question, lambda draft: [draft.name])
+
+    def list(self, name: str | None = None) -> "list[OpenDraft]":
+        """All of `page`."""
+        return take(lambda size, cursor: self.page(name, size, cursor))
 
     def held(self) -> set[str]:
         """The sha256 of every file of every draft."""
@@ -173,6 +211,17 @@ def _changed(name: str, now: Tree, changes: Changes, known: Iterable[str]) -> di
     if total_bytes > changes.max_bytes:
         raise TooLarge(f"{name} would have {total_bytes:,} bytes, at most {changes.max_bytes:,} are taken")
     return files
+
+
+def _told(limit: int, *holds: sa.ColumnElement[bool]) -> sa.Select:
+    """The first drafts by name for which something holds: their last commits, and what their files come to."""
+    last = sa.select(_commits.c.name, sa.func.max(_commits.c.id).label("id")).where(*holds).group_by(_commits.c.name)
+    last = last.order_by(_commits.c.name).limit(limit).subquery()
+    own = _files.c.name == last.c.name
+    count = sa.select(sa.func.count()).where(own).scalar_subquery()
+    total = sa.select(sa.func.coalesce(sa.func.sum(_files.c.bytes), 0)).where(own).scalar_subquery()
+    told = sa.select(_commits.c.name, _commits.c.who, _commits.c.at, count.label("files"), total.label("bytes"))
+    return told.join(last, _commits.c.id == last.c.id).order_by(_commits.c.name)
 
 
 def _find(db: sa.Connection, name: str) -> Draft | None:

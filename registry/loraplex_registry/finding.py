@@ -22,6 +22,7 @@ from .tables import (
     SELECT,
     alias_moves,
     aliases,
+    begins,
     deletions,
     metrics,
     tag_changes,
@@ -57,7 +58,7 @@ class Finder:
         has_newer = sa.select(newer.c.name).where(
             newer.c.name == versions.c.name, newer.c.number > versions.c.number, newer.c.deleted_at.is_(None)
         )
-        found = SELECT.where(~has_newer.exists(), *_begins(versions.c.name, prefix))
+        found = SELECT.where(~has_newer.exists(), *begins(versions.c.name, prefix))
         if after:
             found = found.where(versions.c.name > after[0])
         with self._read() as db:
@@ -86,7 +87,7 @@ class Finder:
         question = f"search by {sort}"
         after = read_cursor(cursor, question, [str | int | float | None, str, int])  # type: ignore[list-item]
         with self._read() as db:
-            holds = [LIVE, *_begins(versions.c.name, prefix)]
+            holds = [LIVE, *begins(versions.c.name, prefix)]
             if key in _COLUMNS:
                 holds += [_holds(db, term) for term in terms]
                 found = _sorted(db, sa.select(versions.c.name), holds, _COLUMNS[key], highest, after, limit + 1)
@@ -218,10 +219,6 @@ def _compares(db: sa.Connection, term: Comparison) -> sa.ColumnElement[bool]:
     ).exists()
 
 
-def _begins(column: sa.ColumnElement[Any], prefix: str) -> tuple[sa.ColumnElement[bool], ...]:
-    return (column.startswith(prefix, autoescape=True),) if prefix else ()
-
-
 # --- audit ---
 
 
@@ -275,7 +272,7 @@ def _acts(
     at, own, row = (told.selected_columns[key] for key in ("at", "name", "row"))
     if name:
         told = told.where(own == name)
-    told = told.where(*_begins(own, prefix))
+    told = told.where(*begins(own, prefix))
     if after:
         last_at, last_ledger, last_name, last_row = after
         earlier = sa.or_(own < last_name, sa.and_(own == last_name, row < last_row))

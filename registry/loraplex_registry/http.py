@@ -23,6 +23,7 @@ from . import bodies, errors
 from .auth import OPEN, Bearer, guard_routes, identity_of, registry_of, require
 from .base import BaseDescription
 from .card import CARD
+from .drafts import OpenDraft
 from .errors import RegistryError
 from .garbage import Marks
 from .hub_protocol import asked_range, hub_routes, refusal, speaks
@@ -57,6 +58,7 @@ SCOPES = {  # what a token needs for each route; one that is not here cannot be 
     "POST /v1/tag": PUSH,
     "POST /v1/unalias": PROMOTE,
     "POST /v1/adapters/{name:path}/discard": PUSH,
+    "GET /v1/drafts": READ,
     "GET /v1/search": READ,
     "GET /v1/resolve": READ,
     "GET /v1/history": READ,
@@ -159,6 +161,7 @@ def create_app(
             Route("/v1/adapters/{name:path}/publish", publish, methods=["POST"]),
             Route("/v1/aliases", list_aliases),
             Route("/v1/adapters/{name:path}/discard", discard, methods=["POST"]),
+            Route("/v1/drafts", list_drafts),
             Route("/v1/search", search),
             Route("/v1/resolve", resolve),
             Route("/v1/history", history),
@@ -234,6 +237,11 @@ def list_adapters(request: Request) -> Response:
 def list_versions(request: Request) -> Response:
     name = request.path_params["name"]
     return _paged(request, Page[Version], lambda *page: _registry(request).versions_page(name, *page))
+
+
+def list_drafts(request: Request) -> Response:
+    name = request.query_params.get("name")
+    return _paged(request, Page[OpenDraft], lambda *page: _registry(request).drafts.page(name, *page))
 
 
 def list_aliases(request: Request) -> Response:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .base import BaseDescription
 from .blobs import BlobStore
-from .drafts import Changes, Commit, Draft, Drafts, Tree
+from .drafts import Changes, Commit, Draft, Drafts, OpenDraft, Tree
 from .errors import CorruptBlob, Forbidden, InvalidManifest, UnknownAdapter, UnknownDigest
 from .garbage import Marks
 from .manifest import FileEntry, Manifest
@@ -248,6 +248,9 @@ class LimitedDrafts:
 
     def find(self, name: str) -> Draft | None:
         return self._drafts.find(name) if name.startswith(self._registry.prefix) else None
+
+    def page(self, name: str | None = None, limit: int = PAGE, cursor: str | None = None) -> Page[OpenDraft]:
+        return self._drafts.page(name, limit, cursor, prefix=self._registry.prefix)
 
     def create(self, name: str, who: str) -> bool:
         self._registry.own(name)

@@ -13,6 +13,7 @@ from pydantic import TypeAdapter
 
 from . import bodies, errors
 from .bodies import Body
+from .drafts import OpenDraft
 from .errors import RegistryError
 from .pages import PAGE, PAGE_LIMIT, Listing, Page
 from .protections import Approval, Rule
@@ -109,6 +110,12 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ),
     ("POST", "/v1/adapters/{name}/discard"): Operation(
         "Forget what was uploaded and not published.", {"type": "object"}, errors=(*_NAMES, errors.MissingBlobs)
+    ),
+    ("GET", "/v1/drafts"): Operation(
+        "What Hub clients uploaded and nobody published, by name.",
+        Page[OpenDraft],
+        ("name", *_PAGED),
+        errors=_NAMES,
     ),
     ("GET", "/v1/uploads/{digest}"): Operation(
         "Where an upload of yours was cut off.",

@@ -35,6 +35,7 @@ from .pages import PAGE, Listing, Page, check_limit, take
 from .patience import Patience
 from .reference import Reference, check_alias, check_digest, check_name, parse_alias, parse_version
 from .registry import AUDIT_LIMIT, MANIFEST, SEARCH_LIMIT, Registry, find_base
+from .remote_drafts import RemoteDrafts
 from .remote_protections import RemoteProtections
 from .remote_signatures import RemoteSignatures
 from .remote_tokens import RemoteTokens
@@ -72,7 +73,7 @@ class RemoteRegistry:
         token = token or token_for(self.url)
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         self.tokens, self.signatures = RemoteTokens(self._value), RemoteSignatures(self._value)
-        self.protections = RemoteProtections(self._value)
+        self.protections, self.drafts = RemoteProtections(self._value), RemoteDrafts(self._page)
         self._http = httpx.Client(base_url=self.url, headers=headers, timeout=timeout)
 
     def close(self) -> None:

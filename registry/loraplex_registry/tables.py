@@ -130,6 +130,11 @@ EVERY = sa.select(versions, _names_of, _tags_of)
 SELECT = EVERY.where(LIVE)
 
 
+def begins(column: sa.ColumnElement[Any], prefix: str) -> tuple[sa.ColumnElement[bool], ...]:
+    """What holds for a name that begins with a prefix; nothing has to for an empty one."""
+    return (column.startswith(prefix, autoescape=True),) if prefix else ()
+
+
 def version_of(row: sa.Row[Any]) -> Version:
     """A row of EVERY or SELECT."""
     base = BaseRef(row.base_id, row.base_revision, row.base_fingerprint, row.base_quantization)

@@ -11,6 +11,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import httpx
@@ -32,7 +33,7 @@ from tiny import make_base as make_torch_base
 
 from loraplex_registry.cli import cli
 from loraplex_registry.commit_stream import CommitReader
-from loraplex_registry.errors import NoDraft, UnknownAdapter
+from loraplex_registry.errors import InvalidRequest, NoDraft, UnknownAdapter
 from loraplex_registry.http import create_app
 from loraplex_registry.hub_upload import _commit, _create, tag_revision
 from loraplex_registry.registry import Registry
@@ -513,6 +514,62 @@ def test_the_publish_command(url, hub, local, base, tmp_path):
     done = CliRunner().invoke(cli, ["--registry", str(local.root), "publish", "ns/baseless"])
     assert (done.exit_code, done.stderr.count("\n")) == (1, 1)
     assert "the base 'tiny/base' is neither among" in done.stderr
+
+
+# --- what waits ---
+
+
+@pytest.mark.parametrize("how", ["folder", "url"])
+def test_open_drafts_are_told(url, hub, local, folder, base, tmp_path, how):
+    with local if how == "folder" else RemoteRegistry(url) as registry:
+        assert registry.drafts.list() == []
+        hub.create_repo("ns/empty")
+        upload(hub, NAME, Adapter(), tmp_path / "a")
+        hub.upload_file(path_or_fileobj=b"four", path_in_repo="a.txt", repo_id=NAME)
+        local.push("ns/published", folder, base=base)
+        hub.upload_file(path_or_fileobj=b"# new", path_in_repo="README.md", repo_id="ns/published")
+        empty, published, tagger = registry.drafts.list()
+        assert [one.name for one in (empty, published, tagger)] == ["ns/empty", "ns/published", NAME]
+        assert (empty.files, empty.bytes, empty.who) == (0, 0, "http")
+        for one in (published, tagger):
+            sizes = draft(local, one.name)
+            assert (one.files, one.bytes) == (len(sizes), sum(sizes.values()))
+        assert empty.at < tagger.at < published.at
+        assert timedelta(0) <= datetime.now(UTC) - published.at < timedelta(minutes=1)
+        assert registry.drafts.list(NAME) == [tagger]
+        with pytest.raises(NoDraft, match="no unpublished files of 'ns/none'"):
+            registry.drafts.list("ns/none")
+        first = registry.drafts.page(limit=2)
+        assert (first.data, registry.drafts.page(limit=2, cursor=first.next).data) == ([empty, published], [tagger])
+        with pytest.raises(InvalidRequest):
+            registry.drafts.page(NAME, cursor=first.next)
+        registry.publish_draft(NAME, base=base)
+        registry.discard_draft("ns/empty")
+        assert registry.drafts.list() == [published]
+
+
+def test_drafts_of_other_names_are_not_there_for_a_prefix(url, hub, local):
+    for name in ("ns/one", "other/two"):
+        hub.create_repo(name)
+    with RemoteRegistry(url, local.tokens.create("team", ["read"], "ns/").secret) as registry:
+        assert [one.name for one in registry.drafts.list()] == ["ns/one"]
+        with pytest.raises(NoDraft):
+            registry.drafts.list("other/two")
+
+
+def test_the_drafts_command(url, hub, local, tmp_path):
+    for where in (url, str(local.root)):
+        answer = CliRunner().invoke(cli, ["--registry", where, "drafts"])
+        assert (answer.exit_code, answer.stdout) == (0, f"no unpublished files in {where}\n")
+    upload(hub, NAME, Adapter(), tmp_path / "a")
+    for where in (url, str(local.root)):
+        head, row = CliRunner().invoke(cli, ["--registry", where, "drafts"]).stdout.splitlines()
+        assert head.split() == ["adapter", "files", "size", "last", "change", "by"]
+        assert (row.split()[:2], row.split()[-1]) == ([NAME, "2"], "http")
+        (told,) = json.loads(CliRunner().invoke(cli, ["--registry", where, "drafts", NAME, "--format", "json"]).stdout)
+        assert (told["name"], told["files"], told["bytes"]) == (NAME, 2, sum(draft(local).values()))
+        none = CliRunner().invoke(cli, ["--registry", where, "drafts", "ns/none"])
+        assert (none.exit_code, none.stderr) == (1, "error: no unpublished files of 'ns/none'\n")
 
 
 # --- what is refused ---

@@ -27,6 +27,7 @@ def local(tmp_path, base):
             (folder / "README.md").write_text("words")
             local.push("quotes-tagger", folder, base=base)
         local.promote("quotes-tagger:1", "production")
+        local.drafts.create("ns/begun", "ada")
         yield local
 
 
@@ -61,6 +62,7 @@ def test_answers_are_as_told(local):
         ("GET", "/v1/adapters", {}, {"params": {"limit": 1}}),
         ("GET", "/v1/adapters/{name}/versions", {"name": "quotes-tagger"}, {"params": {"limit": 1}}),
         ("GET", "/v1/aliases", {}, {}),
+        ("GET", "/v1/drafts", {}, {"params": {"limit": 1}}),
         ("GET", "/v1/search", {}, {"params": {"q": "tag_f1>0 base:tiny", "limit": 1}}),
         ("GET", "/v1/resolve", {}, {"params": {"ref": f"quotes-tagger@{digest}"}}),
         ("GET", "/v1/history", {}, {"params": {"ref": "quotes-tagger@production"}}),
