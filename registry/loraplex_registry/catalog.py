@@ -30,21 +30,24 @@ from .errors import (
 )
 from .query import Comparison
 from .reference import Reference
-from .tables import EVERY as _EVERY
-from .tables import HELD as _HELD
-from .tables import LIVE as _LIVE
-from .tables import SELECT as _SELECT
-from .tables import alias_move_of as _alias_move
-from .tables import alias_moves as _moves
-from .tables import aliases as _aliases
-from .tables import begins, metric_rows
-from .tables import deletions as _deletions
-from .tables import metrics as _metrics
-from .tables import row_of as _row
-from .tables import tag_changes as _tag_changes
-from .tables import tags as _tags
-from .tables import version_of as _version
-from .tables import versions as _versions
+from .tables import (
+    EVERY,
+    HELD,
+    LIVE,
+    SELECT,
+    alias_move_of,
+    alias_moves,
+    aliases,
+    begins,
+    deletions,
+    metric_rows,
+    metrics,
+    row_of,
+    tag_changes,
+    tags,
+    version_of,
+    versions,
+)
 from .version import AliasMove, Deletion, Version, previous_target
 
 PRODUCTION = "production"
@@ -73,21 +76,21 @@ class Catalog:
     def versions(self, name: str) -> list[Version]:
         """All versions of a name, oldest first. Raises UnknownAdapter."""
         with self._read() as db:
-            rows = db.execute(_SELECT.where(_versions.c.name == name).order_by(_versions.c.number)).all()
+            rows = db.execute(SELECT.where(versions.c.name == name).order_by(versions.c.number)).all()
             if not rows:
                 raise self._not_found(db, Reference(name))
-        return [_version(row) for row in rows]
+        return [version_of(row) for row in rows]
 
     def all(self) -> list[Version]:
         """Every version, by name and number."""
         with self._read() as db:
-            return [_version(row) for row in db.execute(_SELECT.order_by(_versions.c.name, _versions.c.number))]
+            return [version_of(row) for row in db.execute(SELECT.order_by(versions.c.name, versions.c.number))]
 
     def aliases(self) -> dict[str, dict[str, int]]:
         """Where every alias points: name → alias → version number."""
         found: dict[str, dict[str, int]] = {}
         with self._read() as db:
-            for row in db.execute(sa.select(_aliases).order_by(_aliases.c.name, _aliases.c.alias)):
+            for row in db.execute(sa.select(aliases).order_by(aliases.c.name, aliases.c.alias)):
                 found.setdefault(row.name, {})[row.alias] = row.number
         return found
 
@@ -99,7 +102,7 @@ class Catalog:
     def last_move(self) -> int:
         """The id of the ledger's last row; 0 when it has none. A row that comes later has a higher one."""
         with self._read() as db:
-            return db.scalar(sa.select(sa.func.max(_moves.c.id))) or 0
+            return db.scalar(sa.select(sa.func.max(alias_moves.c.id))) or 0
 
     def moves(self, after: int, name: str | None, alias: str | None, limit: int, prefix: str = "") -> list[AliasMove]:
         """The ledger's rows after an id, oldest first, at most ``limit``: of a name and an alias, None meaning all.
@@ -107,21 +110,21 @@ class Catalog:
         Of names that begin with a prefix.
         """
         wanted = {column: word for column, word in (("name", name), ("alias", alias)) if word}
-        rows = sa.select(_moves).where(_moves.c.id > after, *begins(_moves.c.name, prefix)).filter_by(**wanted)
-        found = rows.order_by(_moves.c.id).limit(limit)
+        rows = sa.select(alias_moves).where(alias_moves.c.id > after, *begins(alias_moves.c.name, prefix))
+        found = rows.filter_by(**wanted).order_by(alias_moves.c.id).limit(limit)
         with self._read() as db:
-            return [_alias_move(row) for row in db.execute(found)]
+            return [alias_move_of(row) for row in db.execute(found)]
 
     def digests(self, prefix: str) -> list[str]:
         """The digests of all versions, deleted ones too, of names that begin with a prefix."""
         with self._read() as db:
-            return list(db.scalars(sa.select(_versions.c.digest).where(*begins(_versions.c.name, prefix)).distinct()))
+            return list(db.scalars(sa.select(versions.c.digest).where(*begins(versions.c.name, prefix)).distinct()))
 
     def named(self, digest: str) -> list[tuple[str, int]]:
         """The names and numbers of the versions with a digest that are not deleted."""
-        mine = sa.select(_versions.c.name, _versions.c.number).where(_versions.c.digest == digest, _LIVE)
+        mine = sa.select(versions.c.name, versions.c.number).where(versions.c.digest == digest, LIVE)
         with self._read() as db:
-            return [(name, number) for name, number in db.execute(mine.order_by(_versions.c.name, _versions.c.number))]
+            return [(name, number) for name, number in db.execute(mine.order_by(versions.c.name, versions.c.number))]
 
     # --- acts ---
 
@@ -138,20 +141,20 @@ class Catalog:
 
     def _add(self, writing: Writing, draft: Version, number: int | None = None) -> Version:
         with writing() as db:
-            same = db.execute(_EVERY.where(_versions.c.name == draft.name, _versions.c.digest == draft.digest)).first()
-            last = db.scalar(sa.select(sa.func.max(_versions.c.number)).where(_versions.c.name == draft.name)) or 0
+            same = db.execute(EVERY.where(versions.c.name == draft.name, versions.c.digest == draft.digest)).first()
+            last = db.scalar(sa.select(sa.func.max(versions.c.number)).where(versions.c.name == draft.name)) or 0
             if number not in (None, own := same.number if same else last + 1):
                 told = f"these files are {draft.name}:{own}, or would be, not {draft.name}:{number}"
                 raise NumberTaken(told) if number <= last else InvalidRequest(told, "number")
             if same and same.deleted_at:  # whoever pushes wants it here; its bytes are again, even if gc removed them
                 self._note(db, same.name, same.number, "restore", draft.created_by, "pushed again")
-                return replace(_version(same), restored=True)
+                return replace(version_of(same), restored=True)
             if same:
-                return _version(same)
+                return version_of(same)
             version = replace(draft, number=own, pushed=True)
-            db.execute(_versions.insert().values(_row(version)))
+            db.execute(versions.insert().values(row_of(version)))
             if version.metrics:
-                db.execute(_metrics.insert(), metric_rows(version))
+                db.execute(metrics.insert(), metric_rows(version))
         return version
 
     def promote(
@@ -189,7 +192,7 @@ class Catalog:
     ) -> AliasMove:
         """Let an alias point to nothing. Raises UnknownAdapter, UnknownAlias, RequirementNotMet."""
         with self._write() as db:
-            if db.scalar(sa.select(_aliases.c.number).filter_by(name=name, alias=alias)) is None:
+            if db.scalar(sa.select(aliases.c.number).filter_by(name=name, alias=alias)) is None:
                 raise self._not_found(db, Reference(name, alias=alias))
             if protects(db, name, alias):
                 raise RequirementNotMet(f"{name}@{alias} is not removed: it is protected; unprotect it first")
@@ -202,13 +205,13 @@ class Catalog:
             key, at = {"name": version.name, "number": version.number}, datetime.now(UTC).isoformat()
             new, gone = sorted(set(add) - {*version.tags}), sorted({*version.tags} & set(remove) - set(add))
             for tag in gone:
-                db.execute(_tags.delete().filter_by(**key, tag=tag))
+                db.execute(tags.delete().filter_by(**key, tag=tag))
             for tag in new:
-                db.execute(_tags.insert().values(key | {"tag": tag}))
+                db.execute(tags.insert().values(key | {"tag": tag}))
             for action, changed in (("untag", gone), ("tag", new)):
                 for tag in changed:
                     row = key | {"tag": tag, "action": action, "who": who, "at": at}
-                    db.execute(_tag_changes.insert().values(row))
+                    db.execute(tag_changes.insert().values(row))
             return self._resolve(db, Reference(version.name, version=version.number))
 
     def delete(self, name: str, number: int, who: str, reason: str) -> Deletion:
@@ -223,25 +226,25 @@ class Catalog:
     def restore(self, name: str, number: int, who: str, reason: str) -> Deletion:
         """Show a deleted version again. Raises NotFound, NotDeleted."""
         with self._write() as db:
-            row = db.execute(_EVERY.where(_versions.c.name == name, _versions.c.number == number)).first()
+            row = db.execute(EVERY.where(versions.c.name == name, versions.c.number == number)).first()
             if row is None:
                 raise self._not_found(db, Reference(name, version=number))
             if row.deleted_at is None:
                 raise NotDeleted(f"{name}:{number} is not deleted")
-            if not db.scalar(sa.select(_HELD).where(_versions.c.name == name, _versions.c.number == number)):
+            if not db.scalar(sa.select(HELD).where(versions.c.name == name, versions.c.number == number)):
                 raise self._not_found(db, Reference(name, version=number))
             return self._note(db, name, number, "restore", who, reason)
 
     def base_ids(self, fingerprint: str) -> set[str]:
         """What versions call the base with a fingerprint."""
         with self._read() as db:
-            named = sa.select(_versions.c.base_id).where(_versions.c.base_fingerprint == fingerprint)
+            named = sa.select(versions.c.base_id).where(versions.c.base_fingerprint == fingerprint)
             return set(db.scalars(named.distinct()))
 
     def held(self) -> set[str]:
         """The digests of all versions that can be read or restored."""
         with self._read() as db:
-            return set(db.scalars(sa.select(_versions.c.digest).where(_HELD)))
+            return set(db.scalars(sa.select(versions.c.digest).where(HELD)))
 
     @contextmanager
     def forgetting(
@@ -257,107 +260,107 @@ class Catalog:
             for version in surplus:
                 self._note(db, version.name, version.number, "delete", who, f"gc --keep {keep}")
             before = (datetime.now(UTC) - timedelta(seconds=grace_seconds)).isoformat()
-            order = (_versions.c.name, _versions.c.number)
-            gone = _EVERY.where(~_LIVE, _HELD, _versions.c.deleted_at <= before).order_by(*order)
-            purged = [_version(row) for row in db.execute(gone).all()]
+            order = (versions.c.name, versions.c.number)
+            gone = EVERY.where(~LIVE, HELD, versions.c.deleted_at <= before).order_by(*order)
+            purged = [version_of(row) for row in db.execute(gone).all()]
             for version in purged:
                 self._note(db, version.name, version.number, "purge", who, f"deleted {grace_seconds} s ago or earlier")
-            yield surplus, purged, set(db.scalars(sa.select(_versions.c.digest).where(_HELD)))
+            yield surplus, purged, set(db.scalars(sa.select(versions.c.digest).where(HELD)))
             if dry_run:
                 db.rollback()
 
     # --- inside a transaction ---
 
     def _resolve(self, db: sa.Connection, ref: Reference) -> Version:
-        row = db.execute(_SELECT.where(_versions.c.name == ref.name, *_condition(ref)).limit(1)).first()
+        row = db.execute(SELECT.where(versions.c.name == ref.name, *_condition(ref)).limit(1)).first()
         if row is None:
             raise self._not_found(db, ref)
-        return _version(row)
+        return version_of(row)
 
     def _history(self, db: sa.Connection, name: str, alias: str) -> list[AliasMove]:
-        mine = (_moves.c.name == name, _moves.c.alias == alias)
-        rows = db.execute(sa.select(_moves).where(*mine).order_by(_moves.c.id)).all()
+        mine = (alias_moves.c.name == name, alias_moves.c.alias == alias)
+        rows = db.execute(sa.select(alias_moves).where(*mine).order_by(alias_moves.c.id)).all()
         if not rows:
             raise self._not_found(db, Reference(name, alias=alias))
-        return [_alias_move(row) for row in rows]
+        return [alias_move_of(row) for row in rows]
 
     def _move(
         self, db: sa.Connection, name: str, alias: str, to: int | None, who: str, reason: str, action: str
     ) -> AliasMove:
         key = {"name": name, "alias": alias}
-        now = db.scalar(sa.select(_aliases.c.number).filter_by(**key))
+        now = db.scalar(sa.select(aliases.c.number).filter_by(**key))
         if now == to:
             return replace(self._history(db, name, alias)[-1], moved=False)
         if to is None:
-            db.execute(_aliases.delete().filter_by(**key))
+            db.execute(aliases.delete().filter_by(**key))
         elif now is None:
-            db.execute(_aliases.insert().values(key | {"number": to}))
+            db.execute(aliases.insert().values(key | {"number": to}))
         else:
-            db.execute(_aliases.update().filter_by(**key).values(number=to))
+            db.execute(aliases.update().filter_by(**key).values(number=to))
         move = AliasMove(name, alias, now, to, who, datetime.now(UTC), reason, action)
         row = asdict(move) | {"at": move.at.isoformat()}
         kept = {column: value for column, value in row.items() if column not in ("moved", "id")}
-        (key_of_row,) = db.execute(_moves.insert().values(kept)).inserted_primary_key or (0,)
+        (key_of_row,) = db.execute(alias_moves.insert().values(kept)).inserted_primary_key or (0,)
         return replace(move, id=key_of_row)
 
     def _note(self, db: sa.Connection, name: str, number: int, action: str, who: str, reason: str) -> Deletion:
         note = Deletion(name, number, action, who, datetime.now(UTC), reason)
         at = note.at.isoformat()
-        db.execute(_deletions.insert().values(asdict(note) | {"at": at}))
+        db.execute(deletions.insert().values(asdict(note) | {"at": at}))
         if action != "purge":
             now = {"deleted_at": at if action == "delete" else None}
-            db.execute(_versions.update().filter_by(name=name, number=number).values(now))
+            db.execute(versions.update().filter_by(name=name, number=number).values(now))
         return note
 
     def _surplus(self, db: sa.Connection, keep: int) -> list[Version]:
         """What a name has beyond its newest `keep` versions, less what its aliases or their rollbacks need."""
-        pointers = db.execute(sa.select(_aliases.c.name, _aliases.c.alias)).all()
+        pointers = db.execute(sa.select(aliases.c.name, aliases.c.alias)).all()
         needed = {(name, previous_target(self._history(db, name, alias))) for name, alias in pointers}
-        rows = db.execute(_SELECT.order_by(_versions.c.name, _versions.c.number.desc()))
+        rows = db.execute(SELECT.order_by(versions.c.name, versions.c.number.desc()))
         found: dict[str, list[Version]] = {}
         for row in rows:
-            found.setdefault(row.name, []).append(_version(row))
-        older = [version for versions in found.values() for version in versions[keep:][::-1]]
+            found.setdefault(row.name, []).append(version_of(row))
+        older = [version for newest_first in found.values() for version in newest_first[keep:][::-1]]
         return [one for one in older if not one.aliases and (one.name, one.number) not in needed]
 
     def _deletion(self, db: sa.Connection, name: str, number: int) -> sa.Row[Any]:
         """The row that says who deleted a deleted version."""
-        mine = sa.select(_deletions).filter_by(name=name, number=number, action="delete")
-        return db.execute(mine.order_by(_deletions.c.id.desc()).limit(1)).one()
+        mine = sa.select(deletions).filter_by(name=name, number=number, action="delete")
+        return db.execute(mine.order_by(deletions.c.id.desc()).limit(1)).one()
 
     def _not_found(self, db: sa.Connection, ref: Reference) -> NotFound:
         if ref.version or ref.digest:
-            every = sa.select(_versions, _HELD.label("held"))
-            deleted = db.execute(every.where(_versions.c.name == ref.name, *_condition(ref))).first()
+            every = sa.select(versions, HELD.label("held"))
+            deleted = db.execute(every.where(versions.c.name == ref.name, *_condition(ref))).first()
             if deleted:
                 who, version = self._deletion(db, deleted.name, deleted.number).who, f"{deleted.name}:{deleted.number}"
                 return DeletedVersion(str(ref), version, who, deleted.deleted_at, purged=not deleted.held)
-        names = db.scalars(sa.select(_versions.c.name).where(_LIVE).distinct()).all()
+        names = db.scalars(sa.select(versions.c.name).where(LIVE).distinct()).all()
         if ref.name not in names:
             near = difflib.get_close_matches(ref.name, names, n=1)
             return UnknownAdapter(str(ref), near[0] if near else None)
         if ref.version:
-            newest = db.scalar(sa.select(sa.func.max(_versions.c.number)).where(_versions.c.name == ref.name, _LIVE))
+            newest = db.scalar(sa.select(sa.func.max(versions.c.number)).where(versions.c.name == ref.name, LIVE))
             return UnknownVersion(str(ref), f"{ref.name}:{newest}")
         if ref.digest:
             return UnknownDigest(str(ref))
-        known = db.scalars(sa.select(_aliases.c.alias).where(_aliases.c.name == ref.name)).all()
+        known = db.scalars(sa.select(aliases.c.alias).where(aliases.c.name == ref.name)).all()
         near = difflib.get_close_matches(ref.alias or "", known, n=1, cutoff=0)  # a name has few: name one of them
         return UnknownAlias(str(ref), f"{ref.name}@{near[0]}" if near else None)
 
 
 def _condition(ref: Reference) -> tuple[sa.ColumnElement[bool], ...]:
     if ref.version is not None:
-        return (_versions.c.number == ref.version,)
+        return (versions.c.number == ref.version,)
     if ref.digest is not None:
-        return (_versions.c.digest == ref.digest,)
-    named = (_aliases.c.name == ref.name, _aliases.c.alias == (ref.alias or PRODUCTION))
-    pointed = sa.select(_aliases.c.number).where(*named).scalar_subquery()
+        return (versions.c.digest == ref.digest,)
+    named = (aliases.c.name == ref.name, aliases.c.alias == (ref.alias or PRODUCTION))
+    pointed = sa.select(aliases.c.number).where(*named).scalar_subquery()
     if ref.alias is not None:
-        return (_versions.c.number == pointed,)
-    newest = sa.select(sa.func.max(_versions.c.number).label("n")).where(_versions.c.name == ref.name, _LIVE)
+        return (versions.c.number == pointed,)
+    newest = sa.select(sa.func.max(versions.c.number).label("n")).where(versions.c.name == ref.name, LIVE)
     # The inner select must not be correlated with the outer one: it looks at all versions of the name.
-    return (_versions.c.number == sa.func.coalesce(pointed, newest.correlate(None).scalar_subquery()),)
+    return (versions.c.number == sa.func.coalesce(pointed, newest.correlate(None).scalar_subquery()),)
 
 
 def _hold_to(unmet: list[str], version: Version, alias: str) -> None:
