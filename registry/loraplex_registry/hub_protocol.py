@@ -92,11 +92,14 @@ def whoami(request: Request) -> Response:
 
 
 def info(request: Request) -> Response:
-    """A revision, or without one the repository, which is there although it may have no version yet."""
+    """A revision, or without one the repository, which is there although it may have no version yet.
+
+    So is its `main`: a client that had nothing to send is told the draft's commit.
+    """
     try:
         version, manifest = _find(request)
     except NoVersion:
-        if "revision" in request.path_params:
+        if request.path_params.get("revision", MAIN) != MAIN:
             raise
         draft = _draft(request)
         told = {"id": draft.name, "modelId": draft.name, "sha": draft.commit, "siblings": [], "tags": []}

@@ -4,6 +4,7 @@ A commit on `main` changes the name's draft; a tag makes a version of it. Owns t
 what a tag's word means. Reading is hub_protocol's; what a draft is, is the registry's.
 """
 
+import hashlib
 import re
 from contextlib import ExitStack
 from functools import partial
@@ -20,6 +21,7 @@ from .auth import registry_of, require
 from .commit_stream import Commit, CommitReader
 from .drafts import Changes, Tree
 from .errors import (
+    CorruptBlob,
     InvalidReference,
     InvalidRequest,
     MissingBlobs,
@@ -126,18 +128,48 @@ def _wrong_yaml(content: str) -> str | None:
 
 
 async def preupload(request: Request) -> Response:
-    """Every file is to come inside the commit: then a stock client needs neither LFS nor Xet. Hidden ones are not."""
+    """Every file is to come inside the commit: then a stock client needs neither LFS nor Xet. Hidden ones are not.
+
+    Nor does the client send a file that has the git id which is told here of what lies under its path already.
+    """
     await run_sync(_writable, request)
     files = (await _body(request)).get("files")
     named = [one.get("path") if isinstance(one, dict) else None for one in files] if isinstance(files, list) else [None]
     if not all(isinstance(path, str) for path in named):
         raise InvalidRequest(f"files is {_short(files)}, expected objects with a 'path'", "files")
+    sizes = {one["path"]: one.get("size") for one in files}
+    known = await run_sync(_known_ids, _registry(request), request.path_params["repo"], sizes)
     told = []
     for path in map(str, named):
         if not (hidden := _is_hidden(path)):
             FileEntry(path, "0" * 64, 0)  # a path that no commit may hold is told before its bytes come
-        told.append({"path": path, "uploadMode": "regular", "shouldIgnore": hidden})
+        there = {"oid": known[path]} if path in known else {}
+        told.append({"path": path, "uploadMode": "regular", "shouldIgnore": hidden} | there)
     return JSONResponse({"files": told})
+
+
+def _known_ids(registry: Registry | LimitedRegistry, name: str, sizes: dict[str, Any]) -> dict[str, str]:
+    """The git ids of the name's own files, as a commit would find them, that have these paths and sizes.
+
+    A client that is left with nothing to send names the commit that readers see. Where that is another than the
+    draft's, who tags what was uploaded would tag the wrong one: so the smallest file is to come in any case.
+    """
+    draft, main = registry.drafts.find(name), published(registry, name)
+    files = draft.files if draft else main.files
+    same = sorted((entry for entry in files if entry.bytes == sizes.get(entry.path)), key=lambda entry: entry.bytes)
+    spared = same[1:] if draft and main.commit else same
+    return {entry.path: known for entry in spared if (known := _git_id(registry, entry))}
+
+
+def _git_id(registry: Registry | LimitedRegistry, entry: FileEntry) -> str | None:
+    """What git calls the content, a sha1 after a header; None of one that is damaged, which is to come again."""
+    digest = hashlib.sha1(b"blob %d\0" % entry.bytes, usedforsecurity=False)
+    try:
+        for chunk in registry.store.chunks(entry):
+            digest.update(chunk)
+    except CorruptBlob:
+        return None
+    return digest.hexdigest()
 
 
 async def commit(request: Request) -> Response:

@@ -169,9 +169,11 @@ def test_a_name_with_uploads_alone(hub, local, folder, tmp_path):
     assert hub.model_info(NAME).siblings == []
     refs = hub.list_repo_refs(NAME, include_pull_requests=True)
     assert (refs.branches, refs.tags) == ([], [])
+    assert hub.model_info(NAME, revision="main").sha == hub.model_info(NAME).sha == local.drafts.find(NAME).commit
     for revision in ("main", "production", "v1", hub.model_info(NAME).sha):
-        with pytest.raises(RevisionNotFoundError, match="has no version yet"):
-            hub.model_info(NAME, revision=revision)
+        if revision != "main":
+            with pytest.raises(RevisionNotFoundError, match="has no version yet"):
+                hub.model_info(NAME, revision=revision)
         with pytest.raises(RevisionNotFoundError):
             snapshot_download(NAME, revision=revision, endpoint=hub.endpoint, cache_dir=tmp_path / "cache")
     with pytest.raises(EntryNotFoundError):  # though it was uploaded
@@ -266,6 +268,117 @@ def test_two_clients_commit_at_once(url, local):
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(upload, range(16)))
     assert draft(local).keys() == {"shared.txt", *(f"notes/{number}.txt" for number in range(16))}
+
+
+# --- what is there already ---
+
+
+class Counted:
+    """An application, and the bytes that the bodies of commits to it had."""
+
+    def __init__(self, app) -> None:
+        self.app, self.commit_bytes = app, 0
+
+    async def __call__(self, scope, receive, send) -> None:
+        async def counted():
+            message = await receive()
+            self.commit_bytes += len(message.get("body", b""))
+            return message
+
+        commits = scope["type"] == "http" and "/commit/" in scope["path"]
+        await self.app(scope, counted if commits else receive, send)
+
+
+@pytest.fixture
+def counted(local, base):
+    app = Counted(create_app(local, bases=TrustedBases.describe([f"tiny/base={base}"])))
+    with serving(app) as url:
+        app.hub = HfApi(endpoint=url, token=False)
+        yield app
+
+
+def sent(app, act) -> int:
+    """The bytes of commits that an act sends."""
+    before = app.commit_bytes
+    act()
+    return app.commit_bytes - before
+
+
+def test_a_repeated_upload_sends_no_bytes(counted, local, folder):
+    hub = counted.hub
+    hub.create_repo(NAME)
+    whole = folder / "adapter_model.safetensors"
+    assert sent(counted, lambda: hub.upload_folder(repo_id=NAME, folder_path=folder)) > whole.stat().st_size
+    head = local.drafts.find(NAME)
+    for act in (
+        lambda: hub.upload_folder(repo_id=NAME, folder_path=folder),
+        lambda: hub.upload_file(path_or_fileobj=whole, path_in_repo=whole.name, repo_id=NAME),
+        lambda: hub.create_commit(NAME, [CommitOperationAdd(whole.name, whole)], commit_message="again"),
+    ):
+        done = []
+        assert sent(counted, lambda act=act, done=done: done.append(act())) == 0
+        assert done[0].oid == head.commit
+    assert local.drafts.find(NAME) == head
+    hub.create_tag(NAME, tag="v1")
+    assert sent(counted, lambda: hub.upload_folder(repo_id=NAME, folder_path=folder)) == 0
+    assert (local.drafts.find(NAME), versions(local)) == (None, [1])
+
+
+def test_an_upload_that_ended_early_sends_the_rest(counted, local, folder):
+    hub = counted.hub
+    hub.create_repo(NAME)
+    hub.upload_folder(repo_id=NAME, folder_path=folder, ignore_patterns=["*.md", "notes/*"])
+    weights = (folder / "adapter_model.safetensors").stat().st_size
+    assert 0 < sent(counted, lambda: hub.upload_folder(repo_id=NAME, folder_path=folder)) < weights
+    assert draft(local) == {path: len(data) for path, data in content(folder).items()}
+    changed = change_one_byte(folder / "adapter_model.safetensors")  # as large as before
+    assert weights < sent(counted, lambda: hub.upload_folder(repo_id=NAME, folder_path=folder)) < 2 * weights
+    (entry,) = [one for one in local.drafts.find(NAME).files if one.path == "adapter_model.safetensors"]
+    assert entry.sha256 == hashlib.sha256(changed).hexdigest()
+
+
+def change_one_byte(file: Path) -> bytes:
+    data = file.read_bytes()
+    file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    return file.read_bytes()
+
+
+def test_an_upload_again_over_a_version_names_the_drafts_commit(counted, local, folder, base):
+    """Else whoever tags the commit that an upload gave would tag the version of before, when all was there already."""
+    hub = counted.hub
+    local.push(NAME, folder, base=base)
+    change_one_byte(folder / "adapter_model.safetensors")
+    first = hub.upload_folder(repo_id=NAME, folder_path=folder).oid
+    again = []
+    smallest = sent(counted, lambda: again.append(hub.upload_folder(repo_id=NAME, folder_path=folder).oid))
+    assert again == [first] == [local.drafts.find(NAME).commit]
+    assert 0 < smallest < 500
+    hub.create_tag(NAME, tag="production", revision=first)
+    assert local.resolve(f"{NAME}@production").number == 2
+
+
+def test_a_damaged_file_is_sent_again(counted, local, folder):
+    hub = counted.hub
+    hub.create_repo(NAME)
+    hub.upload_folder(repo_id=NAME, folder_path=folder)
+    entry = next(one for one in local.drafts.find(NAME).files if one.path == "adapter_model.safetensors")
+    change_one_byte(local.store.place.path(entry.sha256))
+    assert sent(counted, lambda: hub.upload_folder(repo_id=NAME, folder_path=folder)) > entry.bytes
+    hub.create_tag(NAME, tag="v1")
+    assert local.verify() == []
+
+
+def test_what_other_names_have_is_not_told(counted, local, folder, base):
+    """The same bytes at the same path: of a name of one's own, of somebody else's, and by a token for one's own."""
+    local.push("other/tagger", folder, base=base)
+    secret = local.tokens.create("team", ["push"], "ns/").secret
+    file = folder / "adapter_model.safetensors"
+    asked = {"files": [{"path": file.name, "size": file.stat().st_size, "sample": ""}]}
+    with httpx.Client(base_url=counted.hub.endpoint, headers={"Authorization": f"Bearer {secret}"}) as web:
+        web.post("/api/repos/create", json={"organization": "ns", "name": "tagger"})
+        (own,) = web.post("/api/models/ns/tagger/preupload/main", json=asked).json()["files"]
+        assert own == {"path": file.name, "uploadMode": "regular", "shouldIgnore": False}
+        assert web.post("/api/models/other/tagger/preupload/main", json=asked).status_code == 404
 
 
 # --- tags ---
