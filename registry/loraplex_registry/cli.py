@@ -7,7 +7,7 @@ import socket
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -128,12 +128,14 @@ def push(name: str, folder: str | None, base: str | None, message: str, tags: tu
     check_name(name)
     for tag in tags:
         check_tag(tag)
-    with opened() as registry, tempfile.TemporaryDirectory() as temporary:
+    with opened() as registry, ExitStack() as held:
         if folder and folder.startswith("hf://"):
             from .hub import fetch_from_hub, find_on_hub  # here: it costs a third of a second that others need not pay
+            from .hub_downloads import download_folder
 
             source, files = find_on_hub(HubReference.parse(folder), registry.limits)
-            path, message = Path(temporary), _with_source(message, source)
+            path = held.enter_context(download_folder(source, os.environ.get("HF_ENDPOINT", "")))
+            message = _with_source(message, source)
             fetch_from_hub(source, files, path)
         else:
             path = Path(folder) if folder else _find_adapter(name)
@@ -643,7 +645,7 @@ def hub() -> None:
 def pull_(source: str, name: str | None, base: str | None, message: str, endpoint: str | None) -> None:
     """Fetch an adapter, prove its files by what the Hub says of them, and keep it as the next version of NAME.
 
-    What was fetched whole before a failure is not fetched again. HF_TOKEN, or `hf auth login`, opens what is private.
+    What was fetched before a failure is not fetched again. HF_TOKEN, or `hf auth login`, opens what is private.
     """
     ref = HubReference.parse(f"hf://{source.removeprefix('hf://')}")
     try:

@@ -16,7 +16,9 @@ from huggingface_hub.errors import (
     HfHubHTTPError,
     HTTPError,  # pyright: ignore[reportPrivateImportUsage] - whichever client it uses
 )
+from huggingface_hub.file_download import http_get
 from huggingface_hub.hf_api import RepoSibling
+from huggingface_hub.utils import build_hf_headers
 
 from .adapter_config import CONFIG
 from .blobs import read_chunks
@@ -27,6 +29,7 @@ from .validate import FILES, PICKLES, WEIGHTS, Limits
 from .version import Version
 
 MAIN = "main"
+BEGUN = ".begun"  # beside a commit's files: those that are not whole; hidden, and so no part of an adapter
 TRIES = 6
 LONGEST_WAIT_SECONDS = 300
 SAID_CHARACTERS = 2000  # of a version's message: it keeps 4096, and another registry no more for all that a commit says
@@ -59,15 +62,47 @@ def find_on_hub(
 def fetch_from_hub(ref: HubReference, files: list[RepoSibling], into: Path, endpoint: str | None = None) -> None:
     """Download files of a commit into a folder, and prove each. What lies there already is not fetched again.
 
-    Raises RemoteError; a file that is not what the Hub says is removed.
+    Nor is what an earlier call, which may have been killed, had of a file. Raises RemoteError; a file that is not what
+    the Hub says is removed.
     """
     with _told(f"{ref} cannot be fetched"):
         for one in files:
-            get = partial(hub.hf_hub_download, revision=ref.revision, local_dir=into, endpoint=endpoint)
-            file = Path(_patiently(partial(get, ref.repo_id, one.rfilename)))
-            if wrong := _wrong_bytes(file, one):
-                file.unlink()
-                raise RemoteError(f"{one.rfilename} {wrong}; it was removed, try again")
+            file, begun = into / one.rfilename, into / BEGUN / hashlib.sha256(one.rfilename.encode()).hexdigest()
+            if file.is_file() and not _wrong_bytes(file, one):
+                continue
+            begun.parent.mkdir(exist_ok=True)
+            _fetch(hub.hf_hub_url(ref.repo_id, one.rfilename, revision=ref.revision, endpoint=endpoint), one, begun)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            begun.replace(file)
+
+
+def _fetch(url: str, one: RepoSibling, begun: Path) -> None:
+    """Go on with a file where it broke off. Not by `hf_hub_download`, which begins anew in every process.
+
+    Raises RemoteError when the bytes are wrong, and not because of those that were there.
+    """
+    was_begun = begun.exists()
+    if was_begun and one.size is not None and begun.stat().st_size > one.size:
+        begun.unlink()  # none of it is to be trusted
+
+    def go_on() -> None:
+        headers = build_hf_headers() | {"Accept-Encoding": "identity"}  # a range is of the file's own bytes
+        with begun.open("ab") as stream:
+            options = {"expected_size": one.size, "displayed_filename": one.rfilename}
+            http_get(url, stream, resume_size=stream.tell(), headers=headers, **options)
+
+    def found_wrong() -> str | None:
+        _patiently(go_on)
+        wrong = _wrong_bytes(begun, one)
+        if wrong:
+            begun.unlink()
+        return wrong
+
+    wrong = found_wrong()
+    if wrong and was_begun:
+        wrong = found_wrong()
+    if wrong:
+        raise RemoteError(f"{one.rfilename} {wrong}; it was removed, try again")
 
 
 def push_to_hub(

@@ -1,6 +1,6 @@
 """Where downloads from the Hub wait between two tries: a folder of the user's cache, by repository and commit.
 
-Owns the folder's life: one process at a time, kept after a failure, removed when its files were taken.
+Owns the folder's life: one process at a time, kept after a failure or a kill, removed when its files were taken.
 """
 
 import fcntl

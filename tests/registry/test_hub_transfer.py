@@ -1,7 +1,10 @@
 """`registry hub pull` and `registry hub push` against our own server in another process, over a network that fails."""
 
+import asyncio
 import os
 import re
+import subprocess
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -21,7 +24,7 @@ from loraplex_registry.reference import HubReference
 from loraplex_registry.registry import Registry
 from loraplex_registry.validate import Limits
 
-from .conftest import Adapter, make_receipt, served
+from .conftest import Adapter, make_receipt, run_python, served
 from .test_hub_upload import draft, serving_command
 
 LARGE = "extra/large.npy"
@@ -35,6 +38,8 @@ class Network:
         self.busy: Counter[str] = Counter()  # a word of the path → how many requests are still to be answered 429
         self.retry_after = "0"
         self.cut: dict[str, int] = {}  # the end of a path → the bytes after which its next answer breaks off
+        self.stalled: dict[str, int] = {}  # the same, and nothing comes after them, until the client is gone
+        self.served: Counter[str] = Counter()  # the name of a file → its bytes that were sent
         self.altered: set[str] = set()  # the ends of paths whose answers have a wrong byte
         self.seen: list[tuple[str, str, str]] = []  # method, path, range
 
@@ -54,15 +59,18 @@ class Network:
             content = await request.body()
             answer = await web.request(method, url, headers=request.headers.raw, content=content)
         headers = {key: value for key, value in answer.headers.items() if key != "transfer-encoding"}
-        body, cut = answer.content, None
+        body, cut, stall = answer.content, None, None
         if method == "GET" and answer.status_code in (200, 206):
             cut = next((self.cut.pop(end) for end in list(self.cut) if path.endswith(end)), None)
+            stall = next((self.stalled.pop(end) for end in list(self.stalled) if path.endswith(end)), None)
+            self.served[Path(path).name] += len(body[: cut or stall])
             if any(path.endswith(end) for end in self.altered):
                 body = body[:-1] + bytes([body[-1] ^ 1])
-        if cut is None:
+        if cut is None and stall is None:
             await Response(body, answer.status_code, headers)(scope, receive, send)
         else:
-            await StreamingResponse(_pieces(body[:cut]), answer.status_code, headers)(scope, receive, send)
+            pieces = _pieces(body[: cut or stall], stall is not None)
+            await StreamingResponse(pieces, answer.status_code, headers)(scope, receive, send)
 
     def fetched(self, end: str) -> list[str]:
         """The ranges of the requests for a file's content."""
@@ -71,8 +79,10 @@ class Network:
         ]
 
 
-async def _pieces(body: bytes):
+async def _pieces(body: bytes, stalls: bool):
     yield body
+    while stalls:  # the response that is sent ends this with the connection
+        await asyncio.sleep(0.05)
 
 
 @pytest.fixture(autouse=True)
@@ -156,6 +166,57 @@ def test_pull_over_a_network_that_throttles_and_cuts(hub, network, here, upstrea
     assert (code, here.resolve("mine:1").message) == (0, f"a copy (hf://ns/tagger@{commit})")
     code, out, _ = hub("pull", "ns/tagger", "--base", base)
     assert (code, out) == (0, f"already ns/tagger:1 {there.digest}\n")
+
+
+PULL = """
+import huggingface_hub.constants
+huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE = 100_000  # of 10 MB, as above
+from loraplex_registry.cli import main
+main()
+"""
+
+
+def killed_pull(network, base, tmp_path, monkeypatch) -> Path:
+    """A pull that is killed while LARGE comes; what it has of that file."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    network.stalled = {"large.npy": 1_500_000}
+    arguments = ["hub", "pull", "ns/tagger", "--base", base, "--endpoint", network.url]
+    process = run_python(PULL, *arguments, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 60
+        while not (found := [file for file in waiting(tmp_path) if 1_000_000 <= file.stat().st_size < 3_000_000]):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    finally:
+        process.kill()
+        process.wait()
+    network.served.clear()
+    network.seen.clear()
+    return found[0]
+
+
+def test_a_pull_that_was_killed_goes_on_where_it_was(hub, network, here, base, tmp_path, monkeypatch):
+    begun = killed_pull(network, base, tmp_path, monkeypatch)
+    size = begun.stat().st_size
+    code, _, err = hub("pull", "ns/tagger", "--base", base)
+    assert (code, network.fetched("large.npy")) == (0, [f"bytes={size}-"]), err
+    assert network.served["large.npy"] == 3_000_000 - size
+    assert here.verify() == []
+    assert (here.resolve("ns/tagger").number, waiting(tmp_path)) == (1, [])
+
+
+@pytest.mark.parametrize("spoilt", [b"wrong", b"w" * 3_000_001])
+def test_wrong_bytes_that_a_killed_pull_left_are_discarded(hub, network, here, base, tmp_path, monkeypatch, spoilt):
+    begun = killed_pull(network, base, tmp_path, monkeypatch)
+    data = begun.read_bytes()
+    begun.write_bytes(spoilt + data[len(spoilt) :])
+    assert hub("pull", "ns/tagger", "--base", base)[0] == 0
+    too_long = len(spoilt) > 3_000_000
+    assert network.fetched("large.npy") == [*([] if too_long else [f"bytes={len(data)}-"]), ""]
+    assert network.served["large.npy"] == 3_000_000 + (0 if too_long else 3_000_000 - len(data))
+    assert here.verify() == []
+    assert waiting(tmp_path) == []
 
 
 def test_from_the_hub_into_a_registry_behind_a_url(hub, here, upstream, base):
