@@ -98,11 +98,14 @@ class PostgresDatabase:
             yield
 
     def upgrade(self) -> tuple[int, int]:
-        """As `upgrade_catalog`. Raises StoreUnavailable."""
+        """As `upgrade_catalog`; an empty database gets the schema, as it does when it is opened.
+
+        Raises StoreUnavailable.
+        """
         with self._one_clear_error(), self._single.begin() as db:
             _lock(db, "pg_advisory_xact_lock", SCHEMA)
             before = self._found_schema(db)
-            if not 1 <= before < SCHEMA_VERSION:
+            if before >= SCHEMA_VERSION:
                 self._check(before)
                 return before, before
             _wait_to_write(db)

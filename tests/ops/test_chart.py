@@ -43,6 +43,7 @@ EVERYTHING = {
         "prefixCache": False,
         "lean": True,
         "apiKeys": {"existingSecret": "keys"},
+        "requireSignature": {"existingSecret": "signers", "keys": ["release.key.pub", "old.pub"]},
         "nodeSelector": {"disk": "ssd"},
         "tolerations": [{"key": "gpu", "operator": "Exists"}],
         "affinity": {"nodeAffinity": {}},
@@ -52,6 +53,7 @@ EVERYTHING = {
         "service": {"type": "LoadBalancer", "port": 80, "annotations": {"a": "b"}},
     },
     "registry": {
+        "rateLimit": "600/min",
         "tokens": {"existingSecret": "tokens"},
         "serverToken": {"existingSecret": "server-token"},
         "storage": {"storageClass": "fast"},
@@ -109,7 +111,7 @@ VALUE_SETS: dict[str, dict[str, Any]] = {
     "a team": {
         "registry": {
             "replicas": 3,
-            "database": {"existingSecret": "catalog"},
+            "database": {"existingSecret": "catalog", "upgrade": True},
             "store": {"url": "s3://adapters/team", "existingSecret": "bucket"},
         },
         "networkPolicy": {"registryExtraEgress": [{"ports": [{"protocol": "TCP", "port": 6432}]}]},
@@ -185,7 +187,7 @@ def test_every_pod_is_restricted(chart: Any, values: dict[str, Any]):
         assert not {"hostNetwork", "hostPID", "hostIPC"} & set(pod), name
         kinds = {kind for volume in pod["volumes"] for kind in volume if kind != "name"}
         assert kinds <= {"emptyDir", "secret", "persistentVolumeClaim"}, name
-        for container in pod["containers"]:
+        for container in [*pod.get("initContainers", []), *pod["containers"]]:
             security = container["securityContext"]
             assert security["readOnlyRootFilesystem"] is True
             assert security["allowPrivilegeEscalation"] is False
@@ -193,7 +195,8 @@ def test_every_pod_is_restricted(chart: Any, values: dict[str, Any]):
             assert security["capabilities"] == {"drop": ["ALL"]}
             assert container["resources"]["limits"]["memory"]
             mounted = {mount["name"] for mount in container["volumeMounts"]}
-            assert mounted == {volume["name"] for volume in pod["volumes"]}
+            if container in pod["containers"]:
+                assert mounted == {volume["name"] for volume in pod["volumes"]}
             assert any(mount["mountPath"] == "/tmp" for mount in container["volumeMounts"])
 
 
@@ -256,6 +259,7 @@ def another(value: Any, path: tuple[str, ...]) -> Any:
     choices |= {"adapterWeights": {"another": 7}}
     choices |= {
         "externalUrl": "http://elsewhere",
+        "rateLimit": "7/s",
         "url": "s3://elsewhere/x",
         "size": "7Gi",
         "interval": "7s",
@@ -276,7 +280,7 @@ def another(value: Any, path: tuple[str, ...]) -> Any:
         case dict():
             return {"another": "one"}
         case _:
-            return ["another"] if path[-1] == "pullSecrets" else [{"name": "another"}]
+            return ["another"] if path[-1] in ("pullSecrets", "keys") else [{"name": "another"}]
 
 
 def test_every_value_changes_what_is_rendered(chart: Any):
@@ -317,6 +321,10 @@ def test_every_value_changes_what_is_rendered(chart: Any):
         ({"lora": {"maxRank": 512}}, "maxRank"),
         ({"registry": {"externalUrl": "adapters"}}, "externalUrl"),
         ({"registry": {"store": {"url": "file:///data"}}}, "url"),
+        ({"registry": {"rateLimit": "600"}}, "rateLimit"),
+        ({"registry": {"rateLimit": "0/s"}}, "rateLimit"),
+        ({"registry": {"database": {"upgrade": "yes"}}}, "upgrade"),
+        ({"server": {"requireSignature": {"keys": ["../x"]}}}, "keys"),
         ({"registry": {"store": {"url": "s3://key:secret@bucket"}}}, "url"),
         ({"autoscaling": {"type": "keda"}}, "type"),
         ({"server": {"apiKeys": {"existingSecret": "Not A Name"}}}, "existingSecret"),
@@ -343,6 +351,9 @@ def test_a_wrong_value_is_refused_by_its_name(chart: Any, values: dict[str, Any]
         ({"registry": {"replicas": 2}}, "set registry.database.existingSecret and registry.store.url"),
         ({"registry": {"replicas": 2, "store": {"url": "s3://a/b"}}}, "registry.replicas is more than 1"),
         ({"registry": {"store": {"existingSecret": "bucket"}}}, "registry.store.url is empty"),
+        ({"registry": {"database": {"upgrade": True}}}, "registry.database.existingSecret is empty"),
+        ({"server": {"requireSignature": {"existingSecret": "s"}}}, "server.requireSignature.keys is empty"),
+        ({"server": {"requireSignature": {"keys": ["a.pub"]}}}, "server.requireSignature.existingSecret is empty"),
         ({"server": {"replicas": 2}, "model": {"cache": {"persistent": True}}}, "set ReadWriteMany"),
         ({"autoscaling": {"type": "hpa"}, "model": {"cache": {"persistent": True}}}, "set ReadWriteMany"),
         ({"autoscaling": {"type": "hpa", "minReplicas": 5}}, "autoscaling.minReplicas is greater"),
@@ -430,7 +441,7 @@ def test_every_argument_is_an_option_that_the_program_takes(chart: Any, name: st
                 assert option in parameters, f"{name} has no option {option}"
                 if parameters[option].is_flag:
                     assert "=" not in argument, argument
-                elif not value.startswith("/etc/loraplex/"):  # a mounted file: not here
+                elif not value.startswith("/etc/loraplex"):  # a mounted file: not here
                     given = [value] if parameters[option].multiple else value
                     parameters[option].type_cast_value(context, given)  # raises when the program would
 
@@ -459,8 +470,45 @@ def test_secrets_are_read_where_they_are_kept(chart: Any):
     assert env["HF_TOKEN"]["valueFrom"]["secretKeyRef"] == {"name": "hf", "key": "token"}
     assert env["LORAPLEX_REGISTRY_TOKEN"]["valueFrom"]["secretKeyRef"] == {"name": "server-token", "key": "token"}
     assert "--api-key-file=/etc/loraplex/api-keys" in pod["containers"][0]["args"]
-    assert [v["secret"]["secretName"] for v in pod["volumes"] if "secret" in v] == ["keys"]
+    assert [v["secret"]["secretName"] for v in pod["volumes"] if "secret" in v] == ["keys", "signers"]
     assert not [d for d in documents if d["kind"] == "Secret"]
+
+
+def test_only_the_named_public_keys_are_mounted(chart: Any):
+    pod = server(render(chart, EVERYTHING))
+    (container,) = pod["containers"]
+    (volume,) = [volume["secret"] for volume in pod["volumes"] if volume["name"] == "signers"]
+    names = ["release.key.pub", "old.pub"]
+    assert volume["items"] == [{"key": name, "path": name} for name in names]
+    (mount,) = [mount["mountPath"] for mount in container["volumeMounts"] if mount["name"] == "signers"]
+    assert [f"--require-signature={mount}/{name}" for name in names] == [
+        argument for argument in container["args"] if argument.startswith("--require-signature")
+    ]
+    assert not [argument for argument in server(render(chart))["containers"][0]["args"] if "signature" in argument]
+
+
+def test_the_catalog_is_upgraded_before_the_registry_starts(chart: Any):
+    pod = find(render(chart, VALUE_SETS["a team"]), "StatefulSet")["spec"]["template"]["spec"]
+    (first,), (registry,) = pod["initContainers"], pod["containers"]
+    assert (first["image"], first["env"]) == (registry["image"], registry["env"])
+    assert {"name": "catalog", "key": "url"} in [
+        entry.get("valueFrom", {}).get("secretKeyRef") for entry in first["env"]
+    ]
+    program, group, verb = first["command"]
+    commands = importlib.import_module("loraplex_registry.cli").cli.commands
+    assert program == "registry"
+    assert verb in commands[group].commands
+    for values in ({}, EVERYTHING):
+        plain = find(render(chart, values), "StatefulSet")["spec"]["template"]["spec"]
+        assert "initContainers" not in plain
+
+
+def test_the_registrys_rate_limit(chart: Any):
+    def asked(values: dict[str, Any]) -> list[str]:
+        (container,) = find(render(chart, values), "StatefulSet")["spec"]["template"]["spec"]["containers"]
+        return [argument for argument in container["args"] if argument.startswith("--rate-limit")]
+
+    assert (asked({}), asked(EVERYTHING)) == ([], ["--rate-limit=600/min"])
 
 
 def test_the_server_asks_the_registry_of_the_release_or_the_one_named(chart: Any):

@@ -257,8 +257,6 @@ def test_an_older_schema_is_upgraded_by_command_alone(empty, tmp_path, monkeypat
 
 
 def test_a_schema_that_is_not_ours_is_left_alone(empty, tmp_path):
-    with pytest.raises(StoreUnavailable, match="has schema version 0: it is not the catalog"):
-        upgrade_through_cli(empty, tmp_path)
     execute(empty, "CREATE TABLE alembic_version (version_num text)", "INSERT INTO alembic_version VALUES ('9999')")
     with pytest.raises(StoreUnavailable, match=r"has schema version 9999.*a newer loraplex made it"):
         Registry(tmp_path / "registry", database=empty)
@@ -273,10 +271,18 @@ def test_a_schema_that_is_not_ours_is_left_alone(empty, tmp_path):
     assert tables == [("deletions",)]
 
 
-def upgrade_through_cli(url, tmp_path) -> None:
-    answer = CliRunner().invoke(cli, ["--registry", str(tmp_path), "db", "upgrade", "--database", url])
-    assert answer.exit_code == 1
-    raise StoreUnavailable(answer.stderr)
+def test_the_upgrade_command_makes_the_schema_of_an_empty_database(empty, tmp_path):
+    """It runs before the registry's first start on Kubernetes, when nobody has opened the database yet."""
+    command = ["--registry", str(tmp_path), "db", "upgrade", "--database", empty]
+    for told in (f"schema 0 → {SCHEMA_VERSION}", f"schema {SCHEMA_VERSION}, nothing to upgrade"):
+        answer = CliRunner().invoke(cli, command)
+        assert (answer.exit_code, answer.stdout) == (0, f"{tmp_path}: {told}\n")
+    with Registry(tmp_path / "registry", database=empty) as registry:
+        assert registry.list() == []
+    execute(empty, "UPDATE alembic_version SET version_num = '9999'")
+    answer = CliRunner().invoke(cli, command)
+    assert (answer.exit_code, answer.stdout) == (1, "")
+    assert "has schema version 9999" in answer.stderr
 
 
 def test_names_are_ordered_and_sizes_kept_as_in_sqlite(registry):

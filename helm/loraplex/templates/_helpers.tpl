@@ -85,6 +85,16 @@ in. After that Kubernetes kills it. */ -}}
 {{- max 1 (sub (int $drain.gracePeriodSeconds) (add (int $drain.preStopSeconds) 10)) }}
 {{- end }}
 
+{{- /* Where the registry's catalog is, for each container that opens it. */ -}}
+{{- define "loraplex.registryDatabase" -}}
+{{- with .Values.registry.database }}
+{{- if .existingSecret -}}
+- name: LORAPLEX_REGISTRY_DATABASE
+  valueFrom: {secretKeyRef: {name: {{ .existingSecret }}, key: {{ .key }}}}
+{{- end }}
+{{- end }}
+{{- end }}
+
 {{- define "loraplex.containerSecurity" -}}
 allowPrivilegeEscalation: false
 privileged: false
@@ -111,6 +121,15 @@ capabilities: {drop: [ALL]}
 {{- end }}
 {{- if and .Values.registry.store.existingSecret (not .Values.registry.store.url) }}
 {{- fail "registry.store.existingSecret is set and registry.store.url is empty: name the store, as s3://bucket/prefix" }}
+{{- end }}
+{{- if and .Values.registry.database.upgrade (not .Values.registry.database.existingSecret) }}
+{{- fail "registry.database.upgrade is true and registry.database.existingSecret is empty: it is for a catalog in PostgreSQL" }}
+{{- end }}
+{{- if and .Values.server.requireSignature.existingSecret (not .Values.server.requireSignature.keys) }}
+{{- fail "server.requireSignature.existingSecret is set and server.requireSignature.keys is empty: name the secret's keys that are public keys" }}
+{{- end }}
+{{- if and .Values.server.requireSignature.keys (not .Values.server.requireSignature.existingSecret) }}
+{{- fail "server.requireSignature.keys is set and server.requireSignature.existingSecret is empty: name the secret that has them" }}
 {{- end }}
 {{- if and $cache.persistent $several (not $cache.existingClaim) (hasPrefix "ReadWriteOnce" $cache.accessMode) }}
 {{- fail "model.cache.accessMode allows one node while several servers share the cache: set ReadWriteMany, or model.cache.persistent=false" }}
