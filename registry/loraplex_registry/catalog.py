@@ -99,21 +99,30 @@ class Catalog:
         with self._read() as db:
             return self._history(db, name, alias)
 
-    def last_move(self) -> int:
-        """The id of the ledger's last row; 0 when it has none. A row that comes later has a higher one."""
+    def last_move(self, prefix: str = "") -> int:
+        """The id of the ledger's last row; 0 when it has none. A row that comes later has a higher one.
+
+        Of names that begin with a prefix, as in `moves`.
+        """
         with self._read() as db:
-            return db.scalar(sa.select(sa.func.max(alias_moves.c.id))) or 0
+            return db.scalar(sa.select(sa.func.max(_ledger(prefix).c.id))) or 0
 
     def moves(self, after: int, name: str | None, alias: str | None, limit: int, prefix: str = "") -> list[AliasMove]:
         """The ledger's rows after an id, oldest first, at most ``limit``: of a name and an alias, None meaning all.
 
-        Of names that begin with a prefix.
+        Of names that begin with a prefix; ids are then places among these, which do not tell how many others there are.
         """
-        wanted = {column: word for column, word in (("name", name), ("alias", alias)) if word}
-        rows = sa.select(alias_moves).where(alias_moves.c.id > after, *begins(alias_moves.c.name, prefix))
-        found = rows.filter_by(**wanted).order_by(alias_moves.c.id).limit(limit)
+        ledger = _ledger(prefix)
+        wanted = [ledger.c[column] == word for column, word in (("name", name), ("alias", alias)) if word]
+        found = sa.select(ledger).where(ledger.c.id > after, *wanted).order_by(ledger.c.id).limit(limit)
         with self._read() as db:
             return [alias_move_of(row) for row in db.execute(found)]
+
+    def place(self, move: AliasMove, prefix: str) -> int:
+        """The id that a move has among those of names that begin with a prefix."""
+        earlier = sa.select(sa.func.count()).where(alias_moves.c.id <= move.id, *begins(alias_moves.c.name, prefix))
+        with self._read() as db:
+            return db.scalar(earlier) or 0
 
     def digests(self, prefix: str) -> list[str]:
         """The digests of all versions, deleted ones too, of names that begin with a prefix."""
@@ -361,6 +370,15 @@ def _condition(ref: Reference) -> tuple[sa.ColumnElement[bool], ...]:
     newest = sa.select(sa.func.max(versions.c.number).label("n")).where(versions.c.name == ref.name, LIVE)
     # The inner select must not be correlated with the outer one: it looks at all versions of the name.
     return (versions.c.number == sa.func.coalesce(pointed, newest.correlate(None).scalar_subquery()),)
+
+
+def _ledger(prefix: str) -> sa.FromClause:
+    """The moves of names that begin with a prefix, numbered by their places among these; of all, by their own ids."""
+    if not prefix:
+        return alias_moves
+    number = sa.func.row_number().over(order_by=alias_moves.c.id).label("id")
+    told = [column for column in alias_moves.c if column.name != "id"]
+    return sa.select(number, *told).where(*begins(alias_moves.c.name, prefix)).subquery()
 
 
 def _hold_to(unmet: list[str], version: Version, alias: str) -> None:

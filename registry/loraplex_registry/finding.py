@@ -42,7 +42,7 @@ _COLUMNS: dict[str, sa.ColumnElement[Any]] = {  # what can be sorted by beside m
     "version": versions.c.number,
 }
 FEW = 2000  # versions that a comparison holds for: up to there they are looked at one by one
-Place = tuple[str, int, str, int]  # of an act: when, in which ledger, and its row there
+Place = tuple[str, int, str, int]  # of an act: when, in which ledger, whose, and which of these it is, from the newest
 
 
 class Finder:
@@ -104,7 +104,7 @@ class Finder:
             ledgers = [
                 [*_acts(db, number, ledger, name, prefix, after, wanted)] for number, ledger in enumerate(_ledgers())
             ]
-        newest = heapq.merge(*ledgers, key=lambda row: row[0], reverse=True)
+        newest = heapq.merge(*ledgers, key=lambda row: row[0][:2], reverse=True)
         found = [row for row, _ in zip(newest, range(wanted), strict=False)]
         page = page_of(found, limit, question, lambda row: row[0])
         return Page([act for _, act in page.data], page.next)
@@ -223,7 +223,7 @@ def _compares(db: sa.Connection, term: Comparison) -> sa.ColumnElement[bool]:
 
 
 def _ledgers() -> list[sa.Select]:
-    """What is told, of each table that keeps acts: the act, and its row's place there among those of one time."""
+    """What is told, of each table that keeps acts: the act, whose it is, and its row's number there."""
     version = versions.c.name + ":" + _text(versions.c.number)
     pushes = sa.select(
         versions.c.created_at.label("at"),
@@ -268,22 +268,26 @@ def _acts(
     after: list | None,
     limit: int,
 ) -> Iterator[tuple[Place, Act]]:
-    """A ledger's newest acts, of those after a place, with the place of each."""
+    """A ledger's newest acts, of those after a place, with the place of each.
+
+    No place holds a row's number, which would tell who sees some names how much was done to others.
+    """
     at, own, row = (told.selected_columns[key] for key in ("at", "name", "row"))
     if name:
         told = told.where(own == name)
     told = told.where(*begins(own, prefix))
+    moment, count = None, 0  # when and whose the last act was, and which of these
     if after:
-        last_at, last_ledger, last_name, last_row = after
-        earlier = sa.or_(own < last_name, sa.and_(own == last_name, row < last_row))
-        same = {True: earlier, False: sa.literal(ledger < last_ledger)}[ledger == last_ledger]
+        last_at, last_ledger, last_name, last_count = after
+        same = own <= last_name if ledger == last_ledger else sa.literal(ledger < last_ledger)
         told = told.where(at <= last_at, sa.or_(at < last_at, sa.and_(at == last_at, same)))
-    for found in db.execute(told.order_by(at.desc(), own.desc(), row.desc()).limit(limit)):
-        when = datetime.fromisoformat(found.at)
-        yield (
-            (found.at, ledger, found.name, found.row),
-            Act(when, found.who, found.action, found.subject, found.reason),
-        )
+        if ledger == last_ledger:
+            moment, count = (last_at, last_name), last_count
+    for found in db.execute(told.order_by(at.desc(), own.desc(), row.desc()).limit(limit).offset(count)):
+        count = count + 1 if moment == (found.at, found.name) else 1
+        moment = found.at, found.name
+        act = Act(datetime.fromisoformat(found.at), found.who, found.action, found.subject, found.reason)
+        yield (found.at, ledger, found.name, count), act
 
 
 def _text(column: sa.ColumnElement[Any]) -> sa.ColumnElement[str]:

@@ -105,7 +105,8 @@ class LimitedRegistry:
     def history(self, name: str, alias: str) -> "list[AliasMove]":
         self._seen(Reference(check_name(name), alias=alias))
         with silent_of_others(self.prefix):
-            return self._registry.history(name, alias)
+            found = self._registry.history(name, alias)
+        return self._registry.catalog.moves(0, name, alias, len(found), self.prefix)
 
     def audit(self, name: str | None = None, limit: int = AUDIT_LIMIT) -> "list[Act]":
         if name:
@@ -185,17 +186,17 @@ class LimitedRegistry:
         parsed = ref if isinstance(ref, Reference) else Reference.parse(ref)
         self.own(parsed.name)
         with silent_of_others(self.prefix):
-            return self._registry.promote(parsed, to, reason, require=require, who=who)
+            return self._numbered(self._registry.promote(parsed, to, reason, require=require, who=who))
 
     def rollback(self, ref: str, to: int | None = None, reason: str = "", *, who: str | None = None) -> AliasMove:
         self.own(parse_alias(ref)[0])
         with silent_of_others(self.prefix):
-            return self._registry.rollback(ref, to, reason, who=who)
+            return self._numbered(self._registry.rollback(ref, to, reason, who=who))
 
     def remove_alias(self, ref: str, reason: str = "", *, who: str | None = None) -> AliasMove:
         self.own(parse_alias(ref)[0])
         with silent_of_others(self.prefix):
-            return self._registry.remove_alias(ref, reason, who=who)
+            return self._numbered(self._registry.remove_alias(ref, reason, who=who))
 
     def tag(
         self, ref: str | Reference, add: Sequence[str] = (), remove: Sequence[str] = (), *, who: str | None = None
@@ -232,6 +233,10 @@ class LimitedRegistry:
         if not parsed.name.startswith(self.prefix):
             raise UnknownAdapter(str(parsed))
         return parsed
+
+    def _numbered(self, move: AliasMove) -> AliasMove:
+        """With the id that it has among the moves that are seen."""
+        return replace(move, id=self._registry.catalog.place(move, self.prefix))
 
     def _digests(self) -> "list[str]":
         return self._registry.catalog.digests(self.prefix)

@@ -143,14 +143,14 @@ class LedgerReader:
         if self._name:
             with silent_of_others(prefix):
                 catalog.resolve(Reference(self._name))  # else a mistyped name would be waited for in silence
-        last = catalog.last_move()
+        last = catalog.last_move(prefix)
         if after is not None and not 0 <= after <= last:
             raise InvalidRequest(f"after is {after}, expected 0 to {last}, the id of the ledger's last row", "after")
         self.after = last if after is None else after
 
     def read(self) -> list[AliasMove]:
         """What came since, at most BATCH moves of it; none when there is no more."""
-        last = self._catalog.last_move()
+        last = self._catalog.last_move(self._prefix)
         if last <= self.after:
             return []
         moves = self._catalog.moves(self.after, self._name, self._alias, BATCH, self._prefix)

@@ -6,6 +6,7 @@ Owns how many may watch, and their end when the server stops. Knows the ledger t
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
+from time import monotonic
 
 import uvicorn
 from anyio import CapacityLimiter
@@ -71,6 +72,7 @@ class Watchers:
             return reader.read()
 
         yield events.write_start(reader.after)
+        said_at = monotonic()
         while not self.ended:
             moved = self._moved  # before the read: a wake that comes after it is not missed
             try:
@@ -81,11 +83,14 @@ class Watchers:
             for move in moves:
                 yield events.write_move(move)
             if moves:
+                said_at = monotonic()
                 continue
+            # What wakes this may be of other names: then nothing is said, and that must not put the heartbeat off.
             try:
-                await asyncio.wait_for(moved.wait(), events.HEARTBEAT_SECONDS)
+                await asyncio.wait_for(moved.wait(), max(said_at + events.HEARTBEAT_SECONDS - monotonic(), 0))
             except TimeoutError:
                 yield events.HEARTBEAT
+                said_at = monotonic()
 
     def _wake(self) -> None:
         moved, self._moved = self._moved, asyncio.Event()

@@ -1,5 +1,6 @@
 """Tokens: what each scope opens, what a prefix hides, and that no secret is kept or told twice; over a real server."""
 
+import base64
 import hashlib
 import re
 import sqlite3
@@ -26,7 +27,9 @@ from loraplex_registry.errors import (
     UnknownAdapter,
     UnknownToken,
 )
+from loraplex_registry.garbage import Marks
 from loraplex_registry.http import SCOPES, create_app
+from loraplex_registry.limited import LimitedRegistry
 from loraplex_registry.registry import Registry
 from loraplex_registry.remote import RemoteRegistry
 from loraplex_registry.tokens import ADMIN, INCLUDES, Identity, NewToken
@@ -315,6 +318,97 @@ def test_the_limit_of_a_search_counts_only_what_is_seen(two, limited, base, tmp_
         two.push("other", Adapter(seed=seed).write(tmp_path / f"more-{seed}"), base=base)
     assert [version.name for version in limited.registry.search(limit=1)] == ["quotes-a"]
     assert [act.subject for act in limited.registry.audit(limit=1)] == ["quotes-a@production: 1"]
+
+
+def every_page(ask) -> list:
+    """All rows, one to a page."""
+    found, page = [], ask(1, None)
+    while True:
+        assert len(page.data) == 1
+        found += page.data
+        if not page.next:
+            return found
+        page = ask(1, page.next)
+
+
+def test_pages_hold_only_what_is_seen(two, limited, base, tmp_path):
+    """Other names lie before, between and after; an act of theirs, and a version, between any two of ours."""
+    for number, name in enumerate(("a-first", "quotes-b", "quotes-between", "z-last", "quotes-a", "other", "quotes-a")):
+        two.push(name, Adapter(seed=10 + number).write(tmp_path / f"page-{number}", make_receipt(base)), base=base)
+        two.tag("other:1", [f"t{number}"])
+    registry = limited.registry
+    seen = ["quotes-a", "quotes-b", "quotes-between"]
+    assert [version.name for version in every_page(registry.list_page)] == seen
+    assert [str(one) for one in every_page(lambda *page: registry.versions_page("quotes-a", *page))] == [
+        f"quotes-a:{number}" for number in (1, 2, 3)
+    ]
+    with pytest.raises(UnknownAdapter):
+        registry.versions_page("other")
+    for sort in ("-created", "name", "-tag_f1"):
+        found = every_page(lambda *page, sort=sort: registry.search_page("", sort, *page))
+        assert sorted(map(str, found)) == ["quotes-a:1", "quotes-a:2", "quotes-a:3", "quotes-b:1", "quotes-between:1"]
+    acts = every_page(lambda *page: registry.audit_page(None, *page))
+    assert acts == registry.audit()
+    assert [act.subject for act in acts] == [
+        "quotes-a:3",
+        "quotes-a:2",
+        "quotes-between:1",
+        "quotes-b:1",
+        "quotes-a@production: 1",
+        "quotes-a:1",
+    ]
+    mine = every_page(lambda *page: registry.audit_page("quotes-a", *page))
+    assert {act.subject.partition(":")[0].partition("@")[0] for act in mine} == {"quotes-a"}
+    with pytest.raises(UnknownAdapter):
+        registry.audit_page("other")
+    for page in (registry.list_page(1), registry.search_page(limit=1), registry.audit_page(limit=1)):
+        assert page.next
+        assert b"other" not in base64.urlsafe_b64decode(page.next + "==")
+
+
+def test_tags_and_cards_of_other_names_are_out_of_reach(two, limited, base, tmp_path):
+    for name in ("quotes-card", "other-card"):
+        folder = Adapter(seed=len(name)).write(tmp_path / name, make_receipt(base))
+        (folder / "README.md").write_text(f"The card of {name}.")
+        two.push(name, folder, base=base)
+    other, own = two.tag("other-card:1", ["theirs"]), two.resolve("quotes-card")
+    registry = limited.registry
+    assert registry.tag("quotes-card:1", add=["nlp"]).tags == ("nlp",)
+    assert registry.search("tag:theirs") == []
+    for name in ("other-card:1", "other-nothing:1"):  # one that is, and one that is not
+        with pytest.raises(Forbidden, match="is for names that begin with 'quotes-'"):
+            registry.tag(name, add=["mine"], remove=["theirs"])
+    assert two.resolve("other-card:1") == other
+    assert registry.card(own.digest) == limited.http.get("/v1/card?ref=quotes-card").text == "The card of quotes-card."
+    with pytest.raises(CorruptBlob, match="missing"):
+        registry.card(other.digest)
+    with pytest.raises(CorruptBlob, match="missing"):  # the server's own, whatever its client asks before
+        LimitedRegistry(two, Identity("team", ("read",), "quotes-"), Marks(two.manifest)).card(other.digest)
+    hidden, nothing = (limited.http.get(f"/v1/card?ref={name}") for name in ("other-card", "other-gone"))
+    assert hidden.status_code == nothing.status_code == 404
+    assert hidden.text == nothing.text.replace("other-gone", "other-card")
+
+
+def test_the_ids_of_moves_do_not_tell_how_many_others_were_made(two, limited):
+    """They are places among what is seen, in every answer alike, so that one can be watched from."""
+    for number in range(5):
+        two.promote("other:1", f"alias-{number}")
+    registry = limited.registry
+    made = [registry.promote("quotes-a:1", alias) for alias in ("staging", "canary")]
+    two.promote("other:1", "again")
+    made.append(registry.remove_alias("quotes-a@staging"))
+    assert [move.id for move in made] == [2, 3, 4]
+    assert registry.history("quotes-a", "staging") == [made[0], made[2]]
+    assert registry.promote("quotes-a:1", "canary").id == 3  # where it was
+    with registry.watch(after=1) as moves:
+        assert [next(moves) for _ in made] == made
+    with registry.watch("quotes-a@staging", after=2) as moves:
+        assert next(moves) == made[2]
+    with registry.watch() as moves:
+        assert moves.after == 4
+    with pytest.raises(InvalidRequest, match="after is 5, expected 0 to 4"):
+        registry.watch(after=5)
+    assert two.history("quotes-a", "canary")[0].id == 9  # in the folder, of all
 
 
 def test_other_names_bytes_are_not_there_by_digest(two, limited, base, tmp_path):

@@ -148,10 +148,10 @@ def test_a_store_that_goes_away_is_waited_for(two, registry, monkeypatch):
     away, cuts, told = threading.Event(), [], []
     last_move = Catalog.last_move
 
-    def sometimes(catalog: Catalog) -> int:
+    def sometimes(catalog: Catalog, prefix: str = "") -> int:
         if away.is_set():
             raise StoreUnavailable("the disk is away")
-        return last_move(catalog)
+        return last_move(catalog, prefix)
 
     monkeypatch.setattr(Catalog, "last_move", sometimes)
     with registry.watch(cut=cuts.append) as watch:
@@ -303,6 +303,30 @@ def test_heartbeats_keep_a_quiet_stream_alive(local, url, monkeypatch):
         assert next(watch).to_number == 2
         assert cuts == []
         later.join()
+
+
+def test_moves_of_other_names_do_not_put_the_heartbeat_off(local, url, monkeypatch):
+    """They wake every stream; one that has nothing to tell waited a whole heartbeat anew, and was given up for dead."""
+    monkeypatch.setattr(events, "HEARTBEAT_SECONDS", 0.3)
+    local.promote("a:1", "other")
+    end = threading.Event()
+
+    def promote_others() -> None:
+        number = 1
+        while not end.wait(0.05):
+            number = 3 - number
+            local.promote(f"a:{number}", "other")
+
+    others = threading.Thread(target=promote_others)
+    others.start()
+    try:
+        with httpx.stream("GET", f"{url}/v1/watch?ref=a@production", timeout=10) as stream:
+            chunks = stream.iter_text()
+            while events.HEARTBEAT not in next(chunks):
+                pass
+    finally:
+        end.set()
+        others.join()
 
 
 # --- the command ---
