@@ -5,8 +5,9 @@ import sys
 
 import click
 
-from .cli import OneLine, _print_json, opened, output_format, verb
+from .command import OneLine, opened, output_format, verb
 from .credentials import VARIABLE, check_secret, forget_token, keep_token
+from .printing import print_json
 from .remote import RemoteRegistry
 from .tokens import Identity
 from .wire import dump
@@ -45,7 +46,7 @@ def whoami(style: str) -> None:
     with opened() as registry:
         identity = registry.whoami()
     if style == "json":
-        _print_json(dump(Identity, identity))
+        print_json(dump(Identity, identity))
     else:
         click.echo(_said(identity))
 

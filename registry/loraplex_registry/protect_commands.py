@@ -5,7 +5,9 @@ from pathlib import Path
 
 import click
 
-from .cli import _print, _print_json, _table, alias, opened, output_format, verb
+from .alias_commands import alias
+from .command import opened, output_format, verb
+from .printing import make_table, print_json, print_table
 from .protections import Rule
 from .reference import parse_alias
 from .signing import PublicKey
@@ -50,12 +52,12 @@ def rules(style: str) -> None:
     with opened() as registry:
         found = registry.protections.list()
     if style == "json":
-        _print_json(dump(list[Rule], found))
+        print_json(dump(list[Rule], found))
         return
-    table = _table("alias", "asks", "since", "by")
+    table = make_table("alias", "asks", "since", "by")
     for rule in found:
         table.add_row(f"{rule.name}@{rule.alias}", str(rule), f"{rule.at.astimezone():%Y-%m-%d %H:%M}", rule.who)
-    _print(table)
+    print_table(table)
 
 
 @verb

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from .cli import cli, opened, verb
+from .command import cli, opened, verb
 from .signing import PublicKey, create_key
 from .signing import sign as make_signature
 

@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 import click
 
-from .cli import _print, _print_json, _table, cli, opened, output_format, seconds, verb
+from .command import cli, opened, output_format, seconds, verb
+from .printing import make_table, print_json, print_table
 from .tokens import INCLUDES, Token
 from .wire import dump
 
@@ -48,14 +49,14 @@ def list_(style: str) -> None:
     with opened() as registry:
         tokens = registry.tokens.list()
     if style == "json":
-        _print_json([dump(Token, token) | {"state": token.state} for token in tokens])
+        print_json([dump(Token, token) | {"state": token.state} for token in tokens])
         return
-    table = _table("id", "name", "allows", "state", "expires", "created", "by")
+    table = make_table("id", "name", "allows", "state", "expires", "created", "by")
     for one in tokens:
         end = f"{one.expires_at.astimezone():%Y-%m-%d %H:%M}" if one.expires_at else "never"
         created = f"{one.created_at.astimezone():%Y-%m-%d %H:%M}"
         table.add_row(one.id, one.name, _allows(one), one.state, end, created, one.created_by)
-    _print(table)
+    print_table(table)
 
 
 @token_verb

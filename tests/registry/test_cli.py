@@ -285,7 +285,7 @@ def test_the_trainers_folder_in_loraplex_home(run, base, tmp_path):
 
 
 def test_large_pushes_show_progress(run, trained, monkeypatch):
-    monkeypatch.setattr("loraplex_registry.cli.LARGE_BYTES", 100)
+    monkeypatch.setattr("loraplex_registry.printing.LARGE_BYTES", 100)
     assert "push quotes-tagger" in run("push", "quotes-tagger").err
 
 

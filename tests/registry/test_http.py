@@ -15,12 +15,12 @@ from starlette.responses import JSONResponse, PlainTextResponse
 from starlette.routing import Route
 
 from loraplex_registry.base import describe_base
-from loraplex_registry.cli import _listen
 from loraplex_registry.errors import CorruptBlob, InvalidAdapter, RemoteError, TooLarge, Unauthorized
 from loraplex_registry.http import read_tokens
 from loraplex_registry.manifest import FileEntry
 from loraplex_registry.registry import Registry
 from loraplex_registry.remote import RemoteRegistry, open_registry
+from loraplex_registry.serve_commands import _listen
 from loraplex_registry.validate import Limits
 from loraplex_registry.wire import Proposal, dump
 
