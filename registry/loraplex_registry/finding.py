@@ -23,6 +23,7 @@ from .tables import (
     alias_moves,
     aliases,
     begins,
+    dataset_text,
     deletions,
     metrics,
     tag_changes,
@@ -40,6 +41,11 @@ _COLUMNS: dict[str, sa.ColumnElement[Any]] = {  # what can be sorted by beside m
     "rank": versions.c.rank,
     "bytes": versions.c.bytes,
     "version": versions.c.number,
+}
+_TOLD: dict[str, sa.ColumnElement[Any]] = {  # the same of what a receipt or a card may tell; empty where it does not
+    "description": versions.c.description,
+    "dataset": versions.c.dataset,
+    "run": versions.c.run,
 }
 FEW = 2000  # versions that a comparison holds for: up to there they are looked at one by one
 Place = tuple[str, int, str, int]  # of an act: when, in which ledger, whose, and which of these it is, from the newest
@@ -91,6 +97,11 @@ class Finder:
             if key in _COLUMNS:
                 holds += [_holds(db, term) for term in terms]
                 found = _sorted(db, sa.select(versions.c.name), holds, _COLUMNS[key], highest, after, limit + 1)
+            elif key in _TOLD:
+                holds += [_holds(db, term) for term in terms]
+                told, every = _TOLD[key], sa.select(versions.c.name)
+                has, lacks = every.where(told != ""), every.where(told == "")
+                found = _sorted_lacking_last(db, has, lacks, holds, told, highest, after, limit + 1)
             else:
                 found = _sorted_by_metric(db, holds, terms, key, highest, after, limit + 1)
         return page_of(found, limit, question, lambda version: [_value(version, key), version.name, version.number])
@@ -155,20 +166,34 @@ def _sorted_by_metric(
     after: list | None,
     limit: int,
 ) -> list[Version]:
-    """First those that have the metric, by its value; then, unless a term is about it, those that lack it."""
+    """By a metric's value; where a term is about it, only those that have it."""
     own = sa.and_(metrics.c.name == versions.c.name, metrics.c.number == versions.c.number, metrics.c.key == key)
     bounds = [term for term in terms if isinstance(term, Comparison) and term.key == key]
     holds = holds + [_holds(db, term) for term in terms if term not in bounds]
+    has = sa.select(versions.c.name).join(metrics, own)
+    has = has.where(*(SIGNS[term.sign](metrics.c.value, term.number) for term in bounds))
+    lacks = None if bounds else sa.select(versions.c.name).where(~sa.select(metrics.c.name).where(own).exists())
+    return _sorted_lacking_last(db, has, lacks, holds, metrics.c.value, highest, after, limit)
+
+
+def _sorted_lacking_last(
+    db: sa.Connection,
+    has: sa.Select,
+    lacks: sa.Select | None,
+    holds: list[sa.ColumnElement[bool]],
+    column: sa.ColumnElement[Any],
+    highest: bool,
+    after: list | None,
+    limit: int,
+) -> list[Version]:
+    """First those that have a value, by it; then those that lack it, which nothing sorts."""
     found: list[Version] = []
     if not after or after[0] is not None:
-        having = sa.select(versions.c.name).join(metrics, own)
-        within = [SIGNS[term.sign](metrics.c.value, term.number) for term in bounds]
-        found = _sorted(db, having, holds + within, metrics.c.value, highest, after, limit)
+        found = _sorted(db, has, holds, column, highest, after, limit)
         after = None
-    if len(found) < limit and not bounds:
-        lacking = sa.select(versions.c.name).where(~sa.select(metrics.c.name).where(own).exists())
+    if len(found) < limit and lacks is not None:
         place = after and [0, *after[1:]]
-        found += _sorted(db, lacking, holds, sa.literal(0), False, place, limit - len(found))
+        found += _sorted(db, lacks, holds, sa.literal(0), False, place, limit - len(found))
     return found
 
 
@@ -177,6 +202,9 @@ def _value(version: Version, key: str) -> str | float | None:
     if key in NUMBERS:
         return Comparison(key, "=", 0).of(version)
     words = {"name": version.name, "base": version.base.id, "by": version.created_by}
+    told = {"description": version.description, "dataset": dataset_text(version.lineage), "run": version.lineage.run}
+    if key in told:
+        return told[key] or None
     return words.get(key, version.created_at.isoformat() if key == "created" else version.metrics.get(key))
 
 

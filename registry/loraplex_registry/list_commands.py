@@ -69,7 +69,7 @@ def search(terms: tuple[str, ...], sort: str, limit: int, style: str) -> None:
 
     'f1>=0.9' or 'rank<=16' compares; base:tinyllama, name:, alias:production, target:q_proj, by:, digest: and parent:
     look at a field; so do tag:, dataset: and run:. Any other word is looked for in names, messages and descriptions.
-    KEY: a metric, rank, bytes, version, name, base, by or created.
+    KEY: a metric, rank, bytes, version, name, base, by, description, dataset, run or created.
     """
     with opened() as registry:
         found = take(lambda size, cursor: registry.search_page(" ".join(terms), sort, size, cursor), limit)

@@ -13,6 +13,7 @@ from .errors import InvalidQuery
 from .version import Version
 
 NUMBERS = ("rank", "bytes", "version")  # of every version; any other key of a comparison is a metric
+WORDS = ("name", "base", "by", "description", "dataset", "run")  # what versions are sorted by beside these and metrics
 FIELDS = ("name", "base", "alias", "tag", "target", "by", "dataset", "run", "digest", "parent")
 TERMS = 50  # of one query
 SIGNS: dict[str, Callable[[Any, Any], Any]] = {
@@ -104,6 +105,6 @@ def parse_sort(text: str) -> tuple[str, bool]:
     key = text.removeprefix("-")
     if not re.fullmatch(_KEY, key):
         raise InvalidQuery(
-            f"sort is '{text}', expected a metric, {', '.join(NUMBERS)}, name, base, by or created, or - and one"
+            f"sort is '{text}', expected a metric, {', '.join(NUMBERS)}, {', '.join(WORDS)} or created, or - and one"
         )
     return key, text.startswith("-")

@@ -161,10 +161,13 @@ def version_of(row: sa.Row[Any]) -> Version:
 def row_of(version: Version) -> dict[str, Any]:
     row = asdict(version) | {f"base_{key}": value for key, value in asdict(version.base).items()}
     row |= {"targets": list(version.targets), "created_at": version.created_at.isoformat(), "deleted_at": None}
-    lineage = version.lineage
-    row["dataset"] = "\n".join(f"{one.split} {one.path} sha256:{one.sha256}" for one in lineage.datasets)
-    row["run"] = lineage.run or ""
+    row["dataset"], row["run"] = dataset_text(version.lineage), version.lineage.run or ""
     return {column.name: row[column.name] for column in versions.columns}
+
+
+def dataset_text(lineage: Lineage) -> str:
+    """What is searched and sorted by of an adapter's datasets."""
+    return "\n".join(f"{one.split} {one.path} sha256:{one.sha256}" for one in lineage.datasets)
 
 
 def lineage_of(row: dict[str, Any] | None) -> Lineage:

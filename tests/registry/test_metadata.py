@@ -74,6 +74,31 @@ def test_searches_look_through_it(told, query):
     assert [version.name for version in told.search("", "base")] == ["other", "quotes-tagger"]
 
 
+def test_versions_are_sorted_by_it(registry, base, tmp_path):
+    """Those that do not tell come last, whichever way; pages of one are the whole."""
+    told = (("night", "zebra"), (None, ""), ("dawn", "ant"), ("dawn", ""), (None, "x"))
+    for number, (run, words) in enumerate(told):
+        about = {"name": run} | ({"data": {"train": {"path": f"{run}.jsonl"}}} if run else {})
+        folder = Adapter(seed=number).write(tmp_path / f"told-{number}", make_receipt(base, **about))
+        (folder / "README.md").write_text(words)
+        registry.push(f"v{number}", folder)
+    for sort, order in {
+        "run": "v2 v3 v0 v1 v4",
+        "-run": "v0 v2 v3 v1 v4",
+        "dataset": "v2 v3 v0 v1 v4",
+        "-dataset": "v0 v2 v3 v1 v4",
+        "description": "v2 v4 v0 v1 v3",
+        "-description": "v0 v4 v2 v1 v3",
+    }.items():
+        whole = registry.search("", sort)
+        assert [version.name for version in whole] == order.split(), sort
+        found, page = [], registry.search_page("", sort, 1)
+        while page.next:
+            found, page = found + page.data, registry.search_page("", sort, 1, page.next)
+        assert found + page.data == whole
+    assert [version.name for version in registry.search("dataset:dawn", "-description")] == ["v2", "v3"]
+
+
 def test_tags_change_and_the_audit_log_says_so(told):
     before = told.resolve("quotes-tagger:1")
     assert told.tag("quotes-tagger", add=["nlp", "beta", "nlp"]).tags == ("beta", "nlp")
