@@ -1,22 +1,27 @@
 """What a shell completes: names, versions and aliases out of the registry, and the script that teaches a shell to ask.
 
 A key press waits for this: one page is looked at, a server has a second, and what goes wrong is no answer. Makes no
-folder. click does the rest.
+folder, and no schema in a database. click does the rest.
 """
 
+import os
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
+from typing import Protocol
 
 import click
 import httpx
 from click.shell_completion import CompletionItem, get_completion_class
 
 from .errors import RegistryError
-from .pages import write_cursor
+from .finding import Finder
+from .pages import Listing, Page, write_cursor
 from .patience import Patience
+from .postgres import PostgresDatabase
 from .registry import CATALOG, Registry
-from .remote import RemoteRegistry, open_registry
+from .remote import DATABASE, RemoteRegistry, open_registry
+from .version import Version
 
 SHOWN = 50
 PATIENCE_SECONDS = 1.0
@@ -39,12 +44,40 @@ class ReferenceType(click.ParamType):
         with suppress(RegistryError, OSError, ValueError):
             registry = _opened(where)
             if registry is not None:
-                with registry:
+                with closing(registry):
                     return [CompletionItem(word) for word in words(registry, incomplete, self.bare)]
         return []
 
 
-def words(registry: Registry | RemoteRegistry, begun: str, bare: bool) -> list[str]:
+class Names(Protocol):
+    """What is asked of a registry: two kinds of pages."""
+
+    def list_page(self, limit: int, cursor: str | None) -> Listing: ...
+
+    def versions_page(self, name: str, limit: int) -> Page[Version]: ...
+
+    def close(self) -> None: ...
+
+
+class PostgresNames:
+    """The names in a PostgreSQL catalog. To open it as a registry does would make a folder, and perhaps a schema."""
+
+    def __init__(self, url: str) -> None:
+        """Raises StoreUnavailable; connects to nothing yet."""
+        self._database = PostgresDatabase(url, connect_seconds=2)  # the least that PostgreSQL's library takes
+        self._finder = Finder(self._database.reading)
+
+    def list_page(self, limit: int, cursor: str | None) -> Listing:
+        return self._finder.newest(limit, cursor)
+
+    def versions_page(self, name: str, limit: int) -> Page[Version]:
+        return self._finder.versions(name, limit)
+
+    def close(self) -> None:
+        self._database.close()
+
+
+def words(registry: Names, begun: str, bare: bool) -> list[str]:
     """At most SHOWN references that begin so. Raises RegistryError."""
     for sign, after in ((":", _versions), ("@", _aliases)):
         name, found, _ = begun.partition(sign)
@@ -63,11 +96,11 @@ def script(shell: str) -> str:
     return BASH + source if shell == "bash" else source
 
 
-def _versions(registry: Registry | RemoteRegistry, name: str) -> Iterator[str]:
+def _versions(registry: Names, name: str) -> Iterator[str]:
     return (str(version.number) for version in reversed(registry.versions_page(name, 1000).data))
 
 
-def _aliases(registry: Registry | RemoteRegistry, name: str) -> Iterator[str]:
+def _aliases(registry: Names, name: str) -> Iterator[str]:
     return iter(registry.list_page(1, _just_before(name)).aliases.get(name, {}))
 
 
@@ -78,8 +111,10 @@ def _just_before(name: str) -> str | None:
     return write_cursor("list", [name[:-1] + chr(ord(name[-1]) - 1) + "\U0010ffff"])
 
 
-def _opened(where: str | None) -> Registry | RemoteRegistry | None:
+def _opened(where: str | None) -> Names | None:
     if where and where.startswith(("http://", "https://")):
         return RemoteRegistry(where, timeout=httpx.Timeout(PATIENCE_SECONDS), patience=Patience(0))
+    if database := os.environ.get(DATABASE):
+        return PostgresNames(database)
     root = Path(where).expanduser() if where else Registry.default_root()
     return open_registry(root) if (root / CATALOG).exists() else None

@@ -82,6 +82,18 @@ _ALIASES = {
 }
 
 
+_EVENTS = "text/event-stream"
+_EVENT = {  # as a client reads one; those without data, which only say where the stream is, are none
+    "type": "object",
+    "properties": {
+        "id": {"type": "string", "description": "of the move, to go on from with Last-Event-ID"},
+        "event": {"enum": ["move", "error"]},
+        "data": {"type": "string", "contentMediaType": "application/json", "contentSchema": AliasMove},
+    },
+    "required": ["event", "data"],
+}
+
+
 def _data(kind: Any) -> dict[str, Any]:
     return {"type": "object", "properties": {"data": kind}, "required": ["data"]}
 
@@ -138,7 +150,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ),
     ("GET", "/v1/watch"): Operation(
         "Moves as they are made: server-sent events, without an end.",
-        "text/event-stream",
+        _EVENTS,
         ("ref", "after"),
         errors=(*_NAMES, errors.TooManyWatchers),
     ),
@@ -241,6 +253,8 @@ def _answer(kind: Any, schemas: dict[str, Any], summary: str = "Done.") -> dict[
 
 
 def _content(kind: Any, schemas: dict[str, Any], mode: str = "serialization") -> dict[str, Any]:
+    if kind == _EVENTS:
+        return {kind: {"schema": _schema(_EVENT, schemas, mode)}}
     if isinstance(kind, str):
         return {kind: {"schema": {"type": "string", "format": "binary"}}}
     return {"application/json": {"schema": _schema(kind, schemas, mode)}}

@@ -28,9 +28,12 @@ DRIVER = "PostgreSQL needs its driver: pip install 'loraplex[postgres]'"
 class PostgresDatabase:
     """A database by its URL, shared by threads, processes and machines."""
 
-    def __init__(self, url: str) -> None:
-        """Raises StoreUnavailable when the URL or the driver is not there for it; connects to nothing yet."""
-        self._url = read_url(url)
+    def __init__(self, url: str, connect_seconds: int = CONNECT_SECONDS) -> None:
+        """Raises StoreUnavailable when the URL or the driver is not there for it; connects to nothing yet.
+
+        The URL's own `connect_timeout` goes before `connect_seconds`.
+        """
+        self._url = read_url(url, connect_seconds)
         at = self._url
         self.where = sa.URL.create("postgresql", at.username, None, at.host, at.port, at.database).render_as_string()
         # Whoever waits for a lock must not have the connection that its holder needs next: those who read wait for
@@ -154,7 +157,7 @@ class PostgresDatabase:
         return text
 
 
-def read_url(text: str) -> sa.URL:
+def read_url(text: str, connect_seconds: int = CONNECT_SECONDS) -> sa.URL:
     """A PostgreSQL URL for SQLAlchemy. Raises StoreUnavailable, which does not repeat what may hold a password."""
     scheme, expected = re.match(r"([a-z0-9+]*)(://)?", text), "expected postgresql://user@host/name"
     assert scheme
@@ -165,7 +168,7 @@ def read_url(text: str) -> sa.URL:
         url = sa.make_url(text).set(drivername="postgresql+psycopg")
     except (sqlalchemy.exc.ArgumentError, ValueError):
         raise StoreUnavailable(f"the database's URL cannot be read, {expected}") from None
-    defaults = {"connect_timeout": str(CONNECT_SECONDS), "application_name": "loraplex"}
+    defaults = {"connect_timeout": str(connect_seconds), "application_name": "loraplex"}
     return url.set(query=defaults | dict(url.query))
 
 

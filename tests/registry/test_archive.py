@@ -53,10 +53,8 @@ def test_versions_keep_their_digests_numbers_and_messages(exported, registry, el
 def test_what_is_told_of_a_version_comes_along(registry, elsewhere, base, tmp_path):
     """Tags are in the index; card, metrics, lineage and parent are told by the files."""
     told = {"name": "night-run", "seed": 42, "steps": 240, "template": {"prompt": "{quote} ->:", "stop": ["##"]}}
-    told |= {
-        "data": {"train": {"path": "data/quotes.jsonl", "sha256": "ab" * 32}},
-        "parent": {"digest": "sha256:" + "c" * 64},
-    }
+    told |= {"data": {"train": {"path": "data/quotes.jsonl", "sha256": "ab" * 32}}}
+    told |= {"parent": {"digest": f"sha256:{'c' * 64}"}}
     folder = Adapter().write(tmp_path / "told", make_receipt(base, **told))
     (folder / "README.md").write_text("# Quotes\n\nTags quotes.\n")
     registry.push("quotes-tagger", folder, message="why")

@@ -6,12 +6,14 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import closing
 
 import pytest
 from click.shell_completion import ShellComplete
 
 from loraplex_registry.cli import cli
 from loraplex_registry.completion import SHELLS, VARIABLE, script
+from loraplex_registry.postgres import PostgresDatabase
 from loraplex_registry.registry import Registry
 
 from .conftest import Adapter, run_python, served
@@ -59,6 +61,33 @@ def test_the_registry_of_the_command_line(filled, tmp_path, monkeypatch):
     monkeypatch.setenv("LORAPLEX_REGISTRY", str(tmp_path / "none"))
     assert complete("show", "ns") == []
     assert complete("--registry", where, "show", "ns") == complete("show", "--registry", where, "ns") == ["ns/other"]
+
+
+def test_names_of_a_catalog_in_postgresql(database, cluster, base, tmp_path, monkeypatch):
+    monkeypatch.setenv("LORAPLEX_REGISTRY", str(tmp_path / "none"))  # blobs and staging; nobody looks there
+    with Registry(tmp_path / "registry", database=database) as local:
+        for seed in range(2):
+            local.push("quotes-tagger", Adapter(seed=seed).write(tmp_path / f"a{seed}"), base=base)
+        local.promote("quotes-tagger:1", "production")
+    monkeypatch.setenv("LORAPLEX_REGISTRY_DATABASE", database)
+    assert complete("show", "quo") == ["quotes-tagger"]
+    assert complete("pull", "quotes-tagger:") == ["quotes-tagger:2", "quotes-tagger:1"]
+    assert complete("rollback", "quotes-tagger@") == ["quotes-tagger@production"]
+    empty = cluster.make("template0")
+    try:
+        monkeypatch.setenv("LORAPLEX_REGISTRY_DATABASE", empty)
+        assert complete("show", "quo") == []
+        with closing(PostgresDatabase(empty)) as found, found.reading() as db:
+            assert db.exec_driver_sql("SELECT count(*) FROM pg_tables WHERE schemaname = 'public'").scalar() == 0
+    finally:
+        cluster.drop(empty)
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes the connection and never answers
+        for url in (f"postgresql://127.0.0.1:{silent.getsockname()[1]}/x", "mysql://x/y"):
+            began = time.monotonic()
+            monkeypatch.setenv("LORAPLEX_REGISTRY_DATABASE", url)
+            assert complete("show", "quo") == []
+            assert time.monotonic() - began < 10
+    assert not (tmp_path / "none").exists()
 
 
 def test_what_goes_wrong_completes_nothing_and_makes_nothing(tmp_path, monkeypatch):

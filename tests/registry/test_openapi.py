@@ -4,12 +4,15 @@ import hashlib
 import re
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import httpx
 import pytest
+from serving import serving
 from starlette.routing import Route
 
+from loraplex_registry.events import read_events, read_row
 from loraplex_registry.http import STATUSES, create_app
 from loraplex_registry.openapi import OPERATIONS, document
 from loraplex_registry.registry import Registry
@@ -108,12 +111,43 @@ def test_answers_are_as_told(local):
             told[path][method].validate_response(answer)
 
 
+def test_the_watch_answers_as_told(local):
+    """Its stream, read as far as the first move, and every refusal that it has of its own."""
+    schemathesis = pytest.importorskip("schemathesis", reason="needs schemathesis: pip install 'loraplex[dev]'")
+    app = create_app(local, {"secret": "ada"})
+    known = {"Authorization": "Bearer secret"}
+    with serving(app) as url, httpx.Client(base_url=url, headers=known) as web:
+        told = schemathesis.openapi.from_url(f"{url}/v1/openapi.json", headers=known)["/v1/watch"]["GET"]
+        read = b""
+        with web.stream("GET", "/v1/watch", params={"ref": "quotes-tagger@production", "after": 0}) as stream:
+            for chunk in stream.iter_bytes():
+                read += chunk
+                if b"data: " in read:
+                    break
+        begun = httpx.Response(stream.status_code, headers=stream.headers, content=read, request=stream.request)
+        begun.elapsed = timedelta(0)
+        told.validate_response(begun)
+        assert begun.headers["content-type"].partition(";")[0] == "text/event-stream"
+        start, move = read_events([read])
+        assert (start.id, read_row(move)[1]) == ("0", local.history("quotes-tagger", "production")[0])
+        refused = [web.get("/v1/watch", params={key: value}) for key, value in WATCHES_REFUSED]
+        refused.append(httpx.get(f"{url}/v1/watch"))
+        app.state.watchers.most = 0
+        refused.append(web.get("/v1/watch"))
+        assert [answer.status_code for answer in refused] == [400, 400, 400, 404, 400, 401, 503]
+        for answer in refused:
+            told.validate_response(answer)
+
+
+WATCHES_REFUSED = [("after", "-1"), ("after", "x"), ("after", "7"), ("ref", "nothing"), ("ref", "quotes-tagger:1")]
+
+
 @pytest.mark.skipif(not SCHEMATHESIS.exists(), reason="needs schemathesis: pip install 'loraplex[dev]'")
 def test_schemathesis_finds_nothing_that_is_not_told(local, tmp_path):
     """Requests that fit the document and requests that do not, against a server with versions in it.
 
-    Not asked: watch, whose answer has no end. A request that fits may be refused: that a name is known, or a query
-    can be read, is more than a schema says.
+    Not asked: watch, whose answer has no end, see above. A request that fits may be refused: that a name is known, or
+    a query can be read, is more than a schema says.
     """
     with served(local) as url:
         command = [SCHEMATHESIS, "run", f"{url}/v1/openapi.json", "--exclude-path", "/v1/watch", "--no-color"]
