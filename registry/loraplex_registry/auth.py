@@ -1,20 +1,21 @@
 """Who asks, over HTTP, and how often: reads a request's bearer token, and holds each route to the scope it needs.
 
-Knows no verbs: which route needs which scope is `http`'s table, and what a prefix hides is `limited`'s to say.
+Knows no verbs: which route needs which scope is said where the route is, and what a prefix hides is `limited`'s to say.
 """
 
 import hashlib
 import hmac
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from ipaddress import IPv6Address, ip_address, ip_network
+from typing import Any
 
 from anyio import CapacityLimiter
 from anyio.to_thread import run_sync
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import BaseRoute, Route
+from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from .errors import Forbidden, RateLimited, RegistryError, Unauthorized
@@ -96,29 +97,18 @@ def _unknown() -> Unauthorized:
     return Unauthorized("a bearer token that this registry knows is needed")
 
 
-class _Needs:
-    """A route that needs a scope, by method."""
+class GuardedRoute(Route):
+    """One method of a path, for those who have a scope alone; HEAD needs what GET does."""
 
-    def __init__(self, app: ASGIApp, needed: Mapping[str, str]) -> None:
-        self._app, self._needed = app, needed
+    def __init__(self, method: str, path: str, endpoint: Callable[[Request], Any], needs: str) -> None:
+        super().__init__(path, endpoint, methods=[method])
+        self.needs, self._held = needs, self.app
+        self.app = self._hold
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if (needed := self._needed[scope["method"]]) != OPEN:
-            require(Request(scope), needed)
-        await self._app(scope, receive, send)
-
-
-def guard_routes(routes: Iterable[BaseRoute], scopes: Mapping[str, str]) -> None:
-    """Put each route behind the scope that `scopes` has for its `METHOD /path`; without one there is no server."""
-    for route in routes:
-        assert isinstance(route, Route)
-        needed = {key.partition(" ")[0]: scopes[key] for key in keys_of(route)}
-        route.app = _Needs(route.app, needed | ({"HEAD": needed["GET"]} if "GET" in needed else {}))
-
-
-def keys_of(route: Route) -> list[str]:
-    """How a route is called in the table of scopes, once for each method; HEAD needs what GET does."""
-    return [f"{method} {route.path}" for method in (route.methods or set()) - {"HEAD"}]
+    async def _hold(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self.needs != OPEN:
+            require(Request(scope), self.needs)
+        await self._held(scope, receive, send)
 
 
 def identity_of(request: Request) -> Identity:
@@ -138,6 +128,11 @@ def registry_of(request: Request) -> Registry | LimitedRegistry:
     registry: Registry = request.app.state.registry
     identity = identity_of(request)
     return LimitedRegistry(registry, identity, request.app.state.marks) if identity.prefix else registry
+
+
+def who_of(request: Request) -> str:
+    """What the ledgers say of the one who asks."""
+    return getattr(request.state, "who", ANYONE.name)
 
 
 def _address(scope: Scope) -> str:

@@ -18,9 +18,8 @@ from starlette.convertors import Convertor, register_url_convertor
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response, StreamingResponse
-from starlette.routing import Route
 
-from .auth import identity_of, registry_of
+from .auth import GuardedRoute, identity_of, registry_of, who_of
 from .drafts import Draft
 from .errors import (
     InvalidReference,
@@ -39,7 +38,7 @@ from .limited import LimitedRegistry
 from .manifest import FileEntry, Manifest
 from .reference import Reference, check_name
 from .registry import Registry
-from .tokens import PUSH
+from .tokens import PUSH, READ
 from .version import Version
 
 MAIN = "main"  # the branch of those who name none: what the bare name stands for
@@ -63,19 +62,19 @@ class RepoConvertor(Convertor[str]):
         return value
 
 
-def hub_routes() -> list[Route]:
+def hub_routes() -> list[GuardedRoute]:
     """The routes, for an application whose state has the `registry`. Those with a fixed last word come first."""
     register_url_convertor("repo", RepoConvertor())
     return [
-        Route("/api/whoami-v2", whoami),
-        Route("/api/models/{repo:repo}/revision/{revision:path}", info),
-        Route("/api/models/{repo:repo}/tree/{revision}", tree),
-        Route("/api/models/{repo:repo}/tree/{revision}/{path:path}", tree),
-        Route("/api/models/{repo:repo}/paths-info/{revision:path}", paths_info, methods=["POST"]),
-        Route("/api/models/{repo:repo}/commits/{revision:path}", commits),
-        Route("/api/models/{repo:repo}/refs", refs),
-        Route("/api/models/{repo:repo}", info),
-        Route("/{repo:repo}/resolve/{revision}/{path:path}", resolve),
+        GuardedRoute("GET", "/api/whoami-v2", whoami, READ),
+        GuardedRoute("GET", "/api/models/{repo:repo}/revision/{revision:path}", info, READ),
+        GuardedRoute("GET", "/api/models/{repo:repo}/tree/{revision}", tree, READ),
+        GuardedRoute("GET", "/api/models/{repo:repo}/tree/{revision}/{path:path}", tree, READ),
+        GuardedRoute("POST", "/api/models/{repo:repo}/paths-info/{revision:path}", paths_info, READ),
+        GuardedRoute("GET", "/api/models/{repo:repo}/commits/{revision:path}", commits, READ),
+        GuardedRoute("GET", "/api/models/{repo:repo}/refs", refs, READ),
+        GuardedRoute("GET", "/api/models/{repo:repo}", info, READ),
+        GuardedRoute("GET", "/{repo:repo}/resolve/{revision}/{path:path}", resolve, READ),
     ]
 
 
@@ -83,7 +82,7 @@ def hub_routes() -> list[Route]:
 
 
 def whoami(request: Request) -> Response:
-    who = getattr(request.state, "who", "http")
+    who = who_of(request)
     auth = {
         "type": "access_token",
         "accessToken": {"displayName": who, "role": "write" if identity_of(request).may(PUSH) else "read"},
@@ -159,7 +158,7 @@ async def paths_info(request: Request) -> Response:
 
 def refs(request: Request) -> Response:
     """Aliases move, so they are branches; numbers do not, so they are tags."""
-    registry, name = _registry(request), request.path_params["repo"]
+    registry, name = registry_of(request), request.path_params["repo"]
     try:
         main = find(registry, name, MAIN)
     except NoVersion:
@@ -177,7 +176,7 @@ def refs(request: Request) -> Response:
 def commits(request: Request) -> Response:
     """The versions up to the revision's, newest first."""
     newest, _ = _find(request)
-    versions = [one for one in _registry(request).versions(newest.name) if one.number <= newest.number]
+    versions = [one for one in registry_of(request).versions(newest.name) if one.number <= newest.number]
     return JSONResponse([_commit(version) for version in reversed(versions)])
 
 
@@ -211,7 +210,7 @@ def resolve(request: Request) -> Response:
     status, media_type = 206 if asked else 200, "application/octet-stream"
     if request.method == "HEAD":
         return Response(status_code=status, headers=headers, media_type=media_type)
-    pieces = window(_registry(request).store.chunks(entry), start, stop)
+    pieces = window(registry_of(request).store.chunks(entry), start, stop)
     first = next(pieces, b"")  # a small file is proven here, while the answer can still be an error
     return StreamingResponse(chain([first], pieces), status_code=status, headers=headers, media_type=media_type)
 
@@ -323,13 +322,9 @@ def window(chunks: Iterator[bytes], start: int, stop: int) -> Iterator[bytes]:
 # --- the Hub's shapes ---
 
 
-def _registry(request: Request) -> Registry | LimitedRegistry:
-    return registry_of(request)
-
-
 def _find(request: Request) -> tuple[Version, Manifest]:
     """What the request's revision stands for: resolved once, and then read by its digest."""
-    registry = _registry(request)
+    registry = registry_of(request)
     version = find(registry, request.path_params["repo"], request.path_params.get("revision", MAIN))
     return version, registry.manifest(version.digest)
 
@@ -337,7 +332,7 @@ def _find(request: Request) -> tuple[Version, Manifest]:
 def _draft(request: Request) -> Draft:
     """What is uploaded to a name that has no version."""
     name = request.path_params["repo"]
-    draft = _registry(request).drafts.find(name)
+    draft = registry_of(request).drafts.find(name)
     if draft is None:
         raise UnknownAdapter(name)
     return draft

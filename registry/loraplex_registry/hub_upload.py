@@ -12,12 +12,10 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from anyio.to_thread import run_sync
-from pydantic_core import from_json
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
 
-from .auth import registry_of, require
+from .auth import GuardedRoute, registry_of, require, who_of
 from .commit_stream import Commit, CommitReader
 from .drafts import Changes, Tree
 from .errors import (
@@ -29,7 +27,6 @@ from .errors import (
     NotSigned,
     NumberTaken,
     RequirementNotMet,
-    TooLarge,
     UnknownAdapter,
 )
 from .hub_protocol import COMMIT, MAIN, NUMBER, commit_of, find, refusal
@@ -37,7 +34,8 @@ from .limited import LimitedRegistry
 from .manifest import FileEntry
 from .reference import Reference, check_alias, check_name
 from .registry import MESSAGE_CHARACTERS, Registry, writing
-from .tokens import PROMOTE
+from .request import read_json
+from .tokens import PROMOTE, PUSH, READ
 from .trusted_bases import TrustedBases
 from .version import Version
 
@@ -45,17 +43,18 @@ BODY_BYTES = 16 << 20
 METADATA_CHARACTERS = 64 << 10
 
 
-def upload_routes() -> list[Route]:
+def upload_routes() -> list[GuardedRoute]:
     """The routes, for an application whose state has the `registry` and the `bases`, after those of hub_protocol."""
     return [
-        Route("/api/repos/create", create_repo, methods=["POST"]),
-        Route("/api/repos/delete", delete_repo, methods=["DELETE"]),
-        Route("/api/validate-yaml", validate_yaml, methods=["POST"]),
-        Route("/api/models/{repo:repo}/preupload/{revision:path}", preupload, methods=["POST"]),
-        Route("/api/models/{repo:repo}/commit/{revision:path}", commit, methods=["POST"]),
-        Route("/api/models/{repo:repo}/tag/{revision:path}", tag, methods=["POST"]),
-        Route("/api/models/{repo:repo}/tag/{revision:path}", delete_tag, methods=["DELETE"]),
-        Route("/api/models/{repo:repo}/branch/{revision:path}", branch, methods=["POST", "DELETE"]),
+        GuardedRoute("POST", "/api/repos/create", create_repo, PUSH),
+        GuardedRoute("DELETE", "/api/repos/delete", delete_repo, PUSH),  # of one without versions
+        GuardedRoute("POST", "/api/validate-yaml", validate_yaml, READ),
+        GuardedRoute("POST", "/api/models/{repo:repo}/preupload/{revision:path}", preupload, PUSH),
+        GuardedRoute("POST", "/api/models/{repo:repo}/commit/{revision:path}", commit, PUSH),
+        GuardedRoute("POST", "/api/models/{repo:repo}/tag/{revision:path}", tag, PUSH),  # of an alias: promote as well
+        GuardedRoute("DELETE", "/api/models/{repo:repo}/tag/{revision:path}", delete_tag, PROMOTE),
+        GuardedRoute("POST", "/api/models/{repo:repo}/branch/{revision:path}", branch, PUSH),
+        GuardedRoute("DELETE", "/api/models/{repo:repo}/branch/{revision:path}", branch, PUSH),
     ]
 
 
@@ -71,7 +70,7 @@ async def create_repo(request: Request) -> Response:
         raise InvalidRequest(f"visibility is {wanted!r}, expected 'private' or 'public'", "visibility")
     if wanted == "private" and not hasattr(request.state, "who"):
         raise NotOffered("visibility is 'private', but this registry has no tokens: everyone who reaches it reads it")
-    made = await run_sync(_create, _registry(request), name, _who(request))
+    made = await run_sync(_create, registry_of(request), name, who_of(request))
     url = str(request.base_url) + name
     if not made:
         return JSONResponse({"error": f"You already created this model repo: {name}", "url": url}, 409)
@@ -90,7 +89,7 @@ def _create(registry: Registry | LimitedRegistry, name: str, who: str) -> bool:
 async def delete_repo(request: Request) -> Response:
     """Only a name that has no version can go; versions are deleted one by one, and can be restored."""
     name = _repo(await _body(request))
-    registry = _registry(request)
+    registry = registry_of(request)
     try:
         await run_sync(registry.versions, name)
     except UnknownAdapter:
@@ -134,13 +133,14 @@ async def preupload(request: Request) -> Response:
     """
     await run_sync(_writable, request)
     files = (await _body(request)).get("files")
-    named = [one.get("path") if isinstance(one, dict) else None for one in files] if isinstance(files, list) else [None]
-    if not all(isinstance(path, str) for path in named):
+    if not isinstance(files, list) or not all(
+        isinstance(one, dict) and isinstance(one.get("path"), str) for one in files
+    ):
         raise InvalidRequest(f"files is {_short(files)}, expected objects with a 'path'", "files")
     sizes = {one["path"]: one.get("size") for one in files}
-    known = await run_sync(_known_ids, _registry(request), request.path_params["repo"], sizes)
+    known = await run_sync(_known_ids, registry_of(request), request.path_params["repo"], sizes)
     told = []
-    for path in map(str, named):
+    for path in sizes:
         if not (hidden := _is_hidden(path)):
             FileEntry(path, "0" * 64, 0)  # a path that no commit may hold is told before its bytes come
         there = {"oid": known[path]} if path in known else {}
@@ -173,7 +173,7 @@ def _git_id(registry: Registry | LimitedRegistry, entry: FileEntry) -> str | Non
 
 
 async def commit(request: Request) -> Response:
-    registry, name = _registry(request), request.path_params["repo"]
+    registry, name = registry_of(request), request.path_params["repo"]
     await run_sync(_writable, request)
     with writing(registry.root), ExitStack() as held:
         folder = await run_sync(held.enter_context, registry.store.stage())
@@ -181,7 +181,7 @@ async def commit(request: Request) -> Response:
         held.callback(reader.close)
         async for chunk in request.stream():
             await run_sync(reader.write, chunk)
-        oid = await run_sync(_commit, registry, name, reader, _who(request))
+        oid = await run_sync(_commit, registry, name, reader, who_of(request))
     url = f"{request.base_url}{name}/commit/{oid}"
     return JSONResponse({"success": True, "commitOid": oid, "commitUrl": url, "hookOutput": ""})
 
@@ -233,7 +233,7 @@ def published(registry: Registry | LimitedRegistry, name: str) -> Tree:
 
 def _writable(request: Request) -> None:
     """Whether the request's revision takes commits. Raises NotFound, NotOffered."""
-    registry, revision = _registry(request), request.path_params["revision"]
+    registry, revision = registry_of(request), request.path_params["revision"]
     name = _namespaced(_known(registry, request.path_params["repo"]))
     if request.query_params.get("create_pr"):
         raise NotOffered("pull requests are not offered: commit to main, and tag what is to be a version")
@@ -274,9 +274,9 @@ async def tag(request: Request) -> Response:
             raise InvalidRequest(f"{key} is {_short(value)}, expected a string", key)
     if not NUMBER.fullmatch(str(word)):  # it moves an alias
         require(request, PROMOTE)
-    registry, bases, name = _registry(request), request.app.state.bases, request.path_params["repo"]
+    registry, bases, name = registry_of(request), request.app.state.bases, request.path_params["repo"]
     revision = request.path_params["revision"]
-    act = partial(tag_revision, registry, bases, name, revision, str(word), message, _who(request))
+    act = partial(tag_revision, registry, bases, name, revision, str(word), message, who_of(request))
     try:
         version = await run_sync(act)
     except (MissingBlobs, NotSigned, RequirementNotMet) as error:
@@ -320,7 +320,7 @@ def tag_revision(
 
 async def delete_tag(request: Request) -> Response:
     name, word = request.path_params["repo"], request.path_params["revision"]
-    version = await run_sync(find, _registry(request), name, word)
+    version = await run_sync(find, registry_of(request), name, word)
     raise NotOffered(
         f"the tag '{word}' of {version} stays: an alias moves, with a new tag or registry promote, and is kept"
     )
@@ -328,7 +328,7 @@ async def delete_tag(request: Request) -> Response:
 
 async def branch(request: Request) -> Response:
     """The only branch is `main`, which is there."""
-    name = await run_sync(_known, _registry(request), request.path_params["repo"])
+    name = await run_sync(_known, registry_of(request), request.path_params["repo"])
     if request.method == "POST" and request.path_params["revision"] == MAIN:
         return JSONResponse({"error": f"{name} has its branch main already"}, 409)
     raise NotOffered("branches are not offered: commit to main, and tag what is to be a version")
@@ -339,15 +339,7 @@ async def branch(request: Request) -> Response:
 
 async def _body(request: Request) -> dict[str, Any]:
     """A JSON object. Raises InvalidRequest, TooLarge."""
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > BODY_BYTES:
-            raise TooLarge(f"the body is larger than {BODY_BYTES:,} bytes, which is the limit")
-    try:
-        found = from_json(bytes(body))
-    except ValueError as error:
-        raise InvalidRequest(f"the body is not JSON: {error}") from error
+    found = await read_json(request, BODY_BYTES)
     if not isinstance(found, dict):
         raise InvalidRequest(f"the body is {_short(found)}, expected an object")
     return found
@@ -368,11 +360,3 @@ def _repo(body: dict[str, Any]) -> str:
 def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "…"
-
-
-def _registry(request: Request) -> Registry | LimitedRegistry:
-    return registry_of(request)
-
-
-def _who(request: Request) -> str:
-    return getattr(request.state, "who", "http")
