@@ -26,7 +26,7 @@ def test_a_number_in_scientific_notation_is_a_number_in_the_file_too(write_run):
     ("override", "words"),
     [
         ("training.learnin_rate=1", ["'training.learnin_rate'", "nearest", "'training.learning_rate'"]),
-        ("learning_rate=1", ["'learning_rate'", "'training.learning_rate'"]),
+        ("rank=1", ["'rank'", "'lora.rank'"]),
         ("lora.r=8", ["'lora.r'"]),
         ("lora.rank=many", ["lora.rank", '"many"', "a valid integer"]),
         ("lora.rank='8'", ["lora.rank", '"8"', "a valid integer"]),

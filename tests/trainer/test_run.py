@@ -20,7 +20,7 @@ from loraplex_trainer.config import load_config
 from loraplex_trainer.errors import Interrupted
 from loraplex_trainer.run import train as run_training
 
-LONG = {"max_steps": 150, "batch_size": 8, "learning_rate": 5e-3, "log_every_steps": 1, "save_every_steps": 1000}
+LONG = {"max_steps": 150, "batch_size": 8, "learning_rate": 5e-3, "log_every_steps": 1, "save_every": 1000}
 
 
 def interrupt(run: Path, number: signal.Signals, after: str) -> tuple[int, str]:
@@ -93,7 +93,7 @@ def test_a_signal_during_a_report_still_leaves_a_checkpoint(write_run):
 @pytest.fixture
 def interrupted(write_run, train, tmp_path) -> Path:
     """A run file whose run stopped at a bad step, with the checkpoint of the step before."""
-    run = write_run(training={"max_steps": 30, "batch_size": 8, "save_every_steps": 1, "warmup_ratio": 1.0})
+    run = write_run(training={"max_steps": 30, "batch_size": 8, "save_every": 1, "warmup_ratio": 1.0})
     train(run, "training.learning_rate=1e36", exit_code=1)
     assert (tmp_path / "adapters/tagger/.checkpoint").is_dir()
     return run

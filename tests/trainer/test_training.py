@@ -16,7 +16,8 @@ from loraplex_trainer.adapter import attach_adapter, load_weights, trainable_par
 from loraplex_trainer.config import load_config
 from loraplex_trainer.data import Example, encode_split, make_batch, read_split
 from loraplex_trainer.errors import ConfigError
-from loraplex_trainer.loop import Loop, loss_sum, mean_loss, scheduled_rate
+from loraplex_trainer.loop import Loop, loss_sum, mean_loss
+from loraplex_trainer.schedule import scheduled_rate
 
 EOS = 1
 
@@ -142,7 +143,7 @@ class TestFourBitBase:
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_good(write_run, train, tmp_path):
     train(write_run())
     finished = (tmp_path / "adapters/tagger/adapter_model.safetensors").read_bytes()
-    path = write_run(training__save_every_steps=1, training__warmup_ratio=1.0, training__max_steps=30)
+    path = write_run(training__save_every=1, training__warmup_ratio=1.0, training__max_steps=30)
     result = train(path, "training.learning_rate=1e36", exit_code=1)
     assert "error: the " in result.stderr and " at step " in result.stderr and "learning_rate" in result.stderr
     step = int(result.stderr.split(" at step ")[1].split(":")[0])

@@ -15,8 +15,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from loraplex_trainer.errors import CheckpointError
+from loraplex_trainer.loop import Loop
+from loraplex_trainer.optimizers import optimizer_state, restore_optimizer
+from loraplex_trainer.stopping import Evaluation
 
-FORMAT = "loraplex.checkpoint/1"
+FORMAT = "loraplex.checkpoint/2"
 
 
 @dataclass(frozen=True)
@@ -25,24 +28,23 @@ class Progress:
 
     step: int
     losses: tuple[float, ...]  # one for each step done
+    evaluations: tuple[Evaluation, ...]  # held-out losses on the way
     wall_seconds: float
     run: dict[str, Any]  # what the run is about: a checkpoint of another run is not resumed
 
 
-def save_checkpoint(
-    folder: Path, progress: Progress, parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer
-) -> None:
+def save_checkpoint(folder: Path, progress: Progress, loop: Loop) -> None:
     """Writes beside, then swaps: a crash leaves the previous checkpoint or the new one, whole."""
-    tensors = {f"adapter/{name}": parameter.detach() for name, parameter in parameters.items()}
-    for name, parameter in parameters.items():
-        tensors |= {f"optimizer/{key}/{name}": value for key, value in optimizer.state[parameter].items()}
+    tensors = {f"adapter/{name}": parameter.detach() for name, parameter in loop.parameters.items()}
+    tensors |= {f"best/{name}": tensor for name, tensor in loop.best.items()}
+    tensors |= optimizer_state(loop.optimizer, loop.parameters)
     tensors["random/cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["random/cuda"] = torch.cuda.get_rng_state()
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, partial / "state.safetensors")
+    save_file(_each_its_own(tensors), partial / "state.safetensors")
     document = {"format": FORMAT, **vars(progress)}
     (partial / "progress.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
     swap_in(partial, folder)
@@ -59,30 +61,39 @@ def load_progress(folder: Path) -> Progress:
         raise CheckpointError(f"the checkpoint {folder} is damaged: {error}") from error
     if document.pop("format", None) != FORMAT:
         raise CheckpointError(f"the checkpoint {folder} is not of the format {FORMAT}")
-    return Progress(**(document | {"losses": tuple(document["losses"])}))
+    losses, evaluations = tuple(document["losses"]), tuple((step, loss) for step, loss in document["evaluations"])
+    return Progress(**(document | {"losses": losses, "evaluations": evaluations}))
 
 
-def restore_state(
-    folder: Path, parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer, device: torch.device
-) -> None:
+def restore_state(folder: Path, loop: Loop) -> None:
     """Puts weights, optimizer state and random state back as they were saved."""
     try:
-        tensors = load_file(folder / "state.safetensors", device=str(device))
+        tensors = load_file(folder / "state.safetensors", device=str(loop.model.device))
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"the checkpoint {folder} is damaged: {error}") from error
-    expected = {f"adapter/{name}" for name in parameters}
+    expected = {f"adapter/{name}" for name in loop.parameters}
     if expected != {key for key in tensors if key.startswith("adapter/")}:
         raise CheckpointError(f"the checkpoint {folder} holds an adapter of other modules")
-    state: dict[int, dict[str, torch.Tensor]] = {}
     with torch.no_grad():
-        for index, (name, parameter) in enumerate(parameters.items()):
+        for name, parameter in loop.parameters.items():
             parameter.copy_(tensors[f"adapter/{name}"])
-            keys = [key for key in tensors if key.startswith("optimizer/") and key.split("/", 2)[2] == name]
-            state[index] = {key.split("/", 2)[1]: tensors[key] for key in keys}
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    loop.best = {key.removeprefix("best/"): tensors[key].cpu() for key in tensors if key.startswith("best/")}
+    saved = {key: tensor for key, tensor in tensors.items() if key.startswith(("optimizer/", "number/"))}
+    restore_optimizer(loop.optimizer, loop.parameters, saved)
     torch.set_rng_state(tensors["random/cpu"].cpu())
     if "random/cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["random/cuda"].cpu())
+
+
+def _each_its_own(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """safetensors takes no two tensors in one memory; bitsandbytes' 8-bit states share their quantization maps."""
+    seen: set[int] = set()
+    separate: dict[str, torch.Tensor] = {}
+    for key, tensor in tensors.items():
+        shared = tensor.data_ptr() in seen
+        seen.add(tensor.data_ptr())
+        separate[key] = tensor.clone() if shared else tensor.contiguous()
+    return separate
 
 
 def swap_in(partial: Path, folder: Path) -> None:

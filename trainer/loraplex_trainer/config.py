@@ -6,9 +6,9 @@ A default is written here and nowhere else. Knows no torch: a bad run file is re
 import difflib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
 from pydantic import (
@@ -16,6 +16,7 @@ from pydantic import (
     ConfigDict,
     Field,
     NonNegativeFloat,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     ValidationError,
@@ -26,9 +27,13 @@ from pydantic_core import ErrorDetails
 
 from loraplex_registry.reference import check_name
 from loraplex_trainer.errors import ConfigError
+from loraplex_trainer.option_names import is_theirs, translate
 
 Ratio = Annotated[float, Field(ge=0.0, le=1.0)]
 Targets = Annotated[tuple[str, ...], Field(min_length=1)]
+Momentum = Annotated[float, Field(ge=0.0, lt=1.0)]
+Every = PositiveInt | Literal["epoch"]  # steps
+ADAM = ("adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit")
 
 
 class Section(BaseModel):
@@ -76,20 +81,54 @@ class LoraSection(Section):
     rslora: bool = False
 
 
+class EarlyStopping(Section):
+    patience: PositiveInt = 3
+    min_delta: NonNegativeFloat = 0.0
+
+
 class TrainingSection(Section):
     epochs: PositiveFloat = 3
     max_steps: PositiveInt | None = None
     batch_size: PositiveInt = 16
     accumulation_steps: PositiveInt = 1
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit", "adafactor", "sgd"] = "adamw"
     learning_rate: PositiveFloat = 1.0e-3
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup_ratio: Ratio = 0.05
+    betas: tuple[Momentum, Momentum] = (0.9, 0.999)
+    eps: PositiveFloat = 1.0e-8
+    momentum: Momentum = 0.0
     weight_decay: NonNegativeFloat = 0.0
-    max_grad_norm: PositiveFloat = 1.0
+    max_grad_norm: PositiveFloat | None = 1.0
+    schedule: Literal["cosine", "linear", "constant", "constant_with_warmup", "cosine_with_min_lr", "inverse_sqrt"] = (
+        "cosine"
+    )
+    warmup_ratio: Ratio = 0.05
+    warmup_steps: NonNegativeInt | None = None
+    min_lr_ratio: Ratio = 0.1
     seed: int = Field(default=42, ge=0, lt=2**63)
-    save_every_steps: PositiveInt = 50
+    save_every: Every = 50
+    evaluate_every: Every | None = None
+    early_stopping: EarlyStopping | None = None
+    keep: Literal["last", "best"] = "last"
     log_every_steps: PositiveInt = 5
     kernels: bool = True
+
+    def disagreement(self) -> str | None:
+        """The first setting that another one leaves without effect, in words."""
+        changed = {key for key, field in type(self).model_fields.items() if getattr(self, key) != field.default}
+        for key, choice, chosen, choices in (
+            ("betas", "optimizer", self.optimizer, ADAM),
+            ("eps", "optimizer", self.optimizer, ADAM),
+            ("momentum", "optimizer", self.optimizer, ("sgd",)),
+            ("min_lr_ratio", "schedule", self.schedule, ("cosine_with_min_lr",)),
+        ):
+            if key in changed and chosen not in choices:
+                return f"training.{key}: it is nothing to training.{choice} = {chosen!r}, only to {', '.join(choices)}"
+        if "warmup_ratio" in changed and self.warmup_steps is not None:
+            return "training.warmup_steps and training.warmup_ratio say the same thing in two ways: keep one"
+        if self.evaluate_every is None and (self.early_stopping or self.keep == "best"):
+            key = "early_stopping" if self.early_stopping else "keep"
+            return f"training.{key}: it goes by the held-out loss during the run: set training.evaluate_every"
+        return None
 
 
 class EvaluationSection(Section):
@@ -121,6 +160,14 @@ class RunConfig(Section):
             raise ValueError(f"evaluation.metric: {self.evaluation.metric!r} needs examples: set data.heldout")
         return self
 
+    @model_validator(mode="after")
+    def _training_agrees(self) -> Self:
+        if disagreement := self.training.disagreement():
+            raise ValueError(disagreement)
+        if self.training.evaluate_every is not None and self.data.heldout is None:
+            raise ValueError("training.evaluate_every: it needs examples to measure the loss on: set data.heldout")
+        return self
+
     @property
     def folder(self) -> Path:
         """Where the finished adapter lies."""
@@ -131,9 +178,10 @@ class RunConfig(Section):
         return self.training.batch_size * self.training.accumulation_steps
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(path: Path, overrides: Sequence[str] = (), tell: Callable[[str], object] = lambda _: None) -> RunConfig:
     """Reads a run file and applies overrides such as `training.learning_rate=1e-3` (the value is YAML).
 
+    Options under the names of transformers, trl, peft and Axolotl are taken over, and `tell` is told of each one.
     Raises ConfigError, naming the key, its value and what was expected; for an unknown key, the nearest known one.
     """
     try:
@@ -144,8 +192,10 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
         raise ConfigError(f"{path}: a mapping of keys to values is expected")
-    for override in overrides:
-        _apply(settings, override)
+    settings, taken_over = _in_our_names(settings, tell)
+    given, given_over = _in_our_names(dict(map(_parse, overrides)), tell)
+    for key, value in {**taken_over, **given, **given_over}.items():
+        _set(settings, key, value)
     try:
         # Through JSON, where strict validation still takes a string for a path and a list for a tuple.
         return RunConfig.model_validate_json(json.dumps(settings, default=str))
@@ -157,8 +207,9 @@ def known_keys(section: type[BaseModel] = RunConfig, prefix: str = "") -> Iterat
     """Every key of a run file as a dotted path, sections before their keys."""
     for name, field in section.model_fields.items():
         yield prefix + name
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from known_keys(field.annotation, f"{prefix}{name}.")
+        for kind in (field.annotation, *get_args(field.annotation)):  # a section, or one that may be left out
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                yield from known_keys(kind, f"{prefix}{name}.")
 
 
 class _Loader(yaml.SafeLoader):
@@ -177,20 +228,41 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _apply(settings: dict[str, Any], override: str) -> None:
+def _in_our_names(given: dict[str, Any], tell: Callable[[str], object]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What of `given` is ours, and what the rest of it means in dotted keys of ours."""
+    translated, lines = translate(given)
+    ours = {key: value for key, value in given.items() if not is_theirs(str(key))}
+    for key in translated:
+        if _has(ours, key):
+            raise ConfigError(f"{key} is given, and again under another name ({'; '.join(lines)}): keep one")
+    for line in lines:
+        tell(line)
+    return ours, translated
+
+
+def _has(settings: dict[str, Any], key: str) -> bool:
+    section, _, rest = key.partition(".")
+    inner = settings.get(section)
+    return key in settings or bool(rest and isinstance(inner, dict) and _has(inner, rest))
+
+
+def _parse(override: str) -> tuple[str, Any]:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"override {override!r}: key=value is expected, such as training.learning_rate=1e-3")
-    *sections, last = key.split(".")
-    for part in sections:
-        inner = settings.setdefault(part, {})
-        if not isinstance(inner, dict):
-            raise ConfigError(f"override {override!r}: {part!r} is a value, not a section")
-        settings = inner
     try:
-        settings[last] = yaml.load(text, _Loader)
+        return key, yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"override {override!r}: the value is not YAML") from error
+
+
+def _set(settings: dict[str, Any], key: str, value: Any) -> None:
+    *sections, last = key.split(".")
+    for part in sections:
+        settings = settings.setdefault(part, {})
+        if not isinstance(settings, dict):
+            raise ConfigError(f"{key}={value}: {part!r} is a value, not a section")
+    settings[last] = value
 
 
 def _explain(errors: Sequence[ErrorDetails]) -> Iterator[str]:

@@ -12,7 +12,7 @@ _FREE_KEYS = (
     "registry",
     "evaluation",
     "data.heldout",
-    "training.save_every_steps",
+    "training.save_every",
     "training.log_every_steps",
 )
 
@@ -25,6 +25,8 @@ def run_identity(
     return {
         "config": settings,
         "train_sha256": splits["train"].sha256,
+        # What is only measured may change; what decides when to stop, or which step to keep, may not.
+        "heldout_sha256": splits["heldout"].sha256 if config.training.evaluate_every else None,
         "base_fingerprint": base.fingerprint,
         "quantization": base.quantization,
         "parent": parent,

@@ -1,6 +1,6 @@
-"""The optimisation: AdamW over the adapter's parameters, the loss normalised by the answer tokens of the whole step.
+"""The optimisation of the adapter's parameters, the loss normalised by the answer tokens of the whole step.
 
-Owns the order forward → backward → clip → step, the schedule and the stop signals; writes nothing itself.
+Owns the order forward → backward → clip → step and the stop signals; writes nothing itself.
 """
 
 import math
@@ -16,14 +16,20 @@ from peft import PeftModel
 from torch.nn.functional import cross_entropy
 
 from loraplex_trainer.adapter import trainable_parameters
-from loraplex_trainer.config import RunConfig, TrainingSection
+from loraplex_trainer.config import RunConfig
 from loraplex_trainer.data import IGNORED, Batch, Example, epoch_order, make_batch, steps_in_epoch
 from loraplex_trainer.errors import NotFinite
+from loraplex_trainer.optimizers import build_optimizer
+from loraplex_trainer.schedule import count_steps, scheduled_rate
+from loraplex_trainer.stopping import Evaluation, is_best
 
 
 @dataclass
 class Loop:
-    """One run's optimisation state. `losses` holds one number per step done: mean nats per answer token."""
+    """One run's optimisation state. `losses` holds one number per step done: mean nats per answer token.
+
+    `evaluations` are the held-out losses measured so far, `best` the weights (on the CPU) at the lowest of them.
+    """
 
     model: PeftModel
     examples: Sequence[Example]
@@ -31,6 +37,8 @@ class Loop:
     pad_id: int
     step: int = 0
     losses: list[float] = field(default_factory=list)
+    evaluations: list[Evaluation] = field(default_factory=list)
+    best: dict[str, torch.Tensor] = field(default_factory=dict)
     tokens_done: int = 0  # since this process began
     learning_rate: float = 0.0  # of the latest step
     _unread: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
@@ -38,19 +46,21 @@ class Loop:
     def __post_init__(self) -> None:
         self.parameters = trainable_parameters(self.model)
         training = self.config.training
-        self.optimizer = torch.optim.AdamW(
-            self.parameters.values(), lr=training.learning_rate, weight_decay=training.weight_decay, fused=True
-        )
-        per_epoch = steps_in_epoch(len(self.examples), self.config.examples_per_step)
-        self.total_steps = training.max_steps or math.ceil(training.epochs * per_epoch)
+        self.optimizer = build_optimizer([*self.parameters.values()], training, self.model.device)
+        self.steps_per_epoch = steps_in_epoch(len(self.examples), self.config.examples_per_step)
+        self.total_steps = count_steps(training, self.steps_per_epoch)
 
-    def run(self, after_step: Callable[["Loop"], None]) -> None:
-        """Takes the remaining steps, calling `after_step` after each; raises NotFinite before a bad step is kept."""
+    def run(self, after_step: Callable[["Loop"], bool]) -> None:
+        """Takes the remaining steps until `after_step`, called after each, says that one was the last.
+
+        Raises NotFinite before a bad step is kept.
+        """
         self.model.train()
         for indices in self._remaining_steps():
             chosen = [self.examples[index] for index in indices]
             loss = self._forward_backward(chosen)
-            norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.training.max_grad_norm)
+            limit = self.config.training.max_grad_norm or math.inf
+            norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit)
             for group in self.optimizer.param_groups:
                 group["lr"] = self.learning_rate = scheduled_rate(self.step, self.total_steps, self.config.training)
             self.optimizer.step()
@@ -58,8 +68,30 @@ class Loop:
             self.step += 1
             self.tokens_done += sum(len(example.ids) for example in chosen)
             self._unread.append((loss, norm))
-            after_step(self)
+            if after_step(self):
+                break
         self.read_losses()
+
+    def is_due(self, every: int | str | None) -> bool:
+        """Whether what is done `every` so many steps, or every "epoch", is due now. After the last step all is."""
+        if every is None:
+            return False
+        steps = self.steps_per_epoch if every == "epoch" else int(every)
+        return self.step % steps == 0 or self.step == self.total_steps
+
+    def measure(self, heldout: Sequence[Example]) -> None:
+        """Adds the held-out loss of now to `evaluations`, and keeps the weights when none was lower."""
+        loss = mean_loss(self.model, heldout, self.config.training.batch_size, self.pad_id)
+        self.evaluations.append((self.step, loss))
+        if self.config.training.keep == "best" and is_best(self.evaluations):
+            self.best = {name: parameter.detach().to("cpu", copy=True) for name, parameter in self.parameters.items()}
+
+    @torch.no_grad()
+    def settle(self) -> int:
+        """Puts the best weights back where those are to be kept; returns the step whose weights the model has now."""
+        for name, tensor in self.best.items():
+            self.parameters[name].copy_(tensor)
+        return min(self.evaluations, key=lambda measured: measured[1])[0] if self.best else self.step
 
     def read_losses(self) -> None:
         """Brings the latest losses over from the device (it waits there, so not every step); raises NotFinite."""
@@ -86,9 +118,8 @@ class Loop:
 
     def _remaining_steps(self) -> Iterator[list[int]]:
         lengths = [len(example.ids) for example in self.examples]
-        per_epoch = steps_in_epoch(len(lengths), self.config.examples_per_step)
         while self.step < self.total_steps:
-            epoch, place = divmod(self.step, per_epoch)
+            epoch, place = divmod(self.step, self.steps_per_epoch)
             order = epoch_order(lengths, self.config.examples_per_step, self.config.training.seed, epoch)
             yield from order[place : place + self.total_steps - self.step]
 
@@ -115,16 +146,6 @@ def mean_loss(model: torch.nn.Module, examples: Sequence[Example], batch_size: i
     total = sum(loss_sum(model, batch).item() for batch in batches)
     model.train(was_training)
     return total / sum(example.answer_tokens for example in examples)
-
-
-def scheduled_rate(step: int, total_steps: int, training: TrainingSection) -> float:
-    """Linear warm-up over `warmup_ratio` of the steps, then the schedule down to zero (constant stays)."""
-    warmup_steps = math.ceil(training.warmup_ratio * total_steps)
-    if step < warmup_steps:
-        return training.learning_rate * (step + 1) / warmup_steps
-    done = (step - warmup_steps) / max(1, total_steps - warmup_steps)  # 0 … below 1
-    factor = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}
-    return training.learning_rate * factor[training.schedule]
 
 
 @contextmanager

@@ -49,6 +49,14 @@ def reporting(console: Console, loop: Loop) -> Iterator[Reporter]:
         yield Reporter(console, loop, bar)
 
 
+def duration(seconds: float) -> str:
+    """Rounded to what one plans by: 45 s, 35 min, 3 h 20 min."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+
+
 def say(console: Console, text: str) -> None:
     """One line as it is: a path is neither wrapped nor read as markup."""
     console.print(text, markup=False, highlight=False, soft_wrap=True)

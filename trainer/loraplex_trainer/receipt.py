@@ -18,6 +18,7 @@ import torch
 from loraplex_server.engine.model import Base
 from loraplex_trainer.config import RunConfig
 from loraplex_trainer.data import Encoded, Split
+from loraplex_trainer.stopping import Evaluation
 
 FORMAT = "loraplex.receipt/1"
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "loraplex")
@@ -30,6 +31,8 @@ class Trained:
     base: dict[str, Any]
     encoded: dict[str, Encoded]
     losses: tuple[float, ...]
+    evaluations: tuple[Evaluation, ...]
+    kept_step: int  # whose weights the adapter has
     heldout_loss: float | None
     parent: dict[str, Any] | None
     started: float  # time.monotonic() at which a run without interruptions would have started
@@ -47,6 +50,8 @@ def receipt_of(
         "template": {"prompt": config.data.prompt, "completion": config.data.completion},
         "seed": config.training.seed,
         "steps": len(trained.losses),
+        "kept_step": trained.kept_step,
+        "evaluations": [{"step": step, "loss": loss} for step, loss in trained.evaluations],
         "losses": {
             "train_first": trained.losses[0],
             "train_last": sum(last) / len(last),

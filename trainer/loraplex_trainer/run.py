@@ -35,6 +35,7 @@ from loraplex_trainer.loop import Loop, mean_loss, stop_signals
 from loraplex_trainer.parent import find_parent
 from loraplex_trainer.progress import reporting, say
 from loraplex_trainer.receipt import Trained, base_record, receipt_of, write_receipt
+from loraplex_trainer.stopping import should_stop
 
 
 def train(config: RunConfig, *, resume: bool, console: Console) -> Path:
@@ -71,9 +72,10 @@ def _train_adapter(
 ) -> Trained:
     """Loads, trains, measures the held-out loss and writes the adapter's two files into `folder`."""
     started = time.monotonic() - (earlier.wall_seconds if earlier else 0.0)
+    training = config.training
     base = load_base(**config.base.load_options)
-    encoded = _encode(config, splits, base, console)
-    torch.manual_seed(config.training.seed)
+    encoded = encode_splits(config, splits, base, console)
+    torch.manual_seed(training.seed)
     model = attach_adapter(base, config.lora)
     if config.training.kernels:
         use_kernels(model)
@@ -83,29 +85,46 @@ def _train_adapter(
     say(console, _opening(loop, base, encoded["train"]))
     with stop_signals() as stopped, reporting(console, loop) as reporter:
 
-        def after_step(loop: Loop) -> None:
+        def after_step(loop: Loop) -> bool:
             finished = loop.step == loop.total_steps
             stopping = bool(stopped)  # asked once: a signal that comes during the report waits for the next step's save
-            save_due = finished or stopping or loop.step % config.training.save_every_steps == 0
-            report_due = finished or loop.step % config.training.log_every_steps == 0
-            if save_due or report_due:
+            measure_due = loop.is_due(training.evaluate_every)
+            save_due = stopping or loop.is_due(training.save_every)
+            report_due = loop.is_due(training.log_every_steps)
+            if measure_due or save_due or report_due:
                 loop.read_losses()  # a loss that is not finite stops here, before it is saved
+            if measure_due:
+                loop.measure(encoded["heldout"].examples)
+                finished = finished or should_stop(loop.evaluations, training.early_stopping)
             if report_due:
                 reporter.report(loop)
-            if save_due:
-                progress = Progress(loop.step, tuple(loop.losses), time.monotonic() - started, identity)
-                save_checkpoint(checkpoint_folder(config), progress, loop.parameters, loop.optimizer)
+            if save_due or finished:
+                seconds = time.monotonic() - started
+                progress = Progress(loop.step, tuple(loop.losses), tuple(loop.evaluations), seconds, identity)
+                save_checkpoint(checkpoint_folder(config), progress, loop)
             if stopping and not finished:
                 raise Interrupted(stopped[0], loop.step)
+            return finished
 
-        loop.run(after_step)
-    heldout = encoded.get("heldout")
-    heldout_loss = mean_loss(model, heldout.examples, config.training.batch_size, pad_id) if heldout else None
+        if not should_stop(loop.evaluations, training.early_stopping):  # a checkpoint may be the one it stopped at
+            loop.run(after_step)
+    if loop.step < loop.total_steps:
+        say(console, f"stopped at step {loop.step}: the held-out loss no longer falls")
+    kept_step = loop.settle()
+    if kept_step < loop.step:
+        say(console, f"kept: the weights of step {kept_step}, where the held-out loss was lowest")
+    heldout_loss = dict(loop.evaluations).get(kept_step)
+    if heldout_loss is None and "heldout" in encoded:
+        heldout_loss = mean_loss(model, encoded["heldout"].examples, training.batch_size, pad_id)
     save_adapter(model, folder, base.id, base.revision)
-    return Trained(base_record(base), encoded, tuple(loop.losses), heldout_loss, identity["parent"], started)
+    losses, evaluations = tuple(loop.losses), tuple(loop.evaluations)
+    return Trained(
+        base_record(base), encoded, losses, evaluations, kept_step, heldout_loss, identity["parent"], started
+    )
 
 
-def _encode(config: RunConfig, splits: dict[str, Split], base: Base, console: Console) -> dict[str, Encoded]:
+def encode_splits(config: RunConfig, splits: dict[str, Split], base: Base, console: Console) -> dict[str, Encoded]:
+    """Tokenizes every split; raises ConfigError and DataError for what does not fit the base's context."""
     limit = config.data.max_tokens
     if limit > base.context_tokens:
         raise ConfigError(
@@ -149,8 +168,8 @@ def _go_on(loop: Loop, config: RunConfig, splits: dict[str, Split], base: Base, 
             f"the checkpoint {checkpoint_folder(config)} is of another run: {change}; "
             "undo that, or start anew without --resume"
         )
-    restore_state(checkpoint_folder(config), loop.parameters, loop.optimizer, base.device)
-    loop.step, loop.losses = earlier.step, list(earlier.losses)
+    restore_state(checkpoint_folder(config), loop)
+    loop.step, loop.losses, loop.evaluations = earlier.step, list(earlier.losses), list(earlier.evaluations)
     return earlier.run
 
 

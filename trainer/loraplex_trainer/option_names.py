@@ -1,0 +1,282 @@
+"""Option names of transformers, trl, peft and Axolotl: which of our keys each is, and what becomes of its value.
+
+Tables first. Nothing is ignored in silence: an option is taken over, said to need no setting here, or refused with what
+to do instead. Knows no files and no torch.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from loraplex_trainer.errors import ConfigError
+
+# Their name: our key, which takes the value over (through VALUES where that lists one).
+RENAMED = {
+    "base_model": "base.model",
+    "model_name_or_path": "base.model",
+    "model_name": "base.model",
+    "model_id": "base.model",
+    "model_revision": "base.revision",
+    "revision_of_model": "base.revision",
+    "dtype": "base.dtype",
+    "torch_dtype": "base.dtype",
+    "bnb_4bit_compute_dtype": "base.dtype",
+    "bnb_4bit_quant_type": "base.quantization",
+    "train_file": "data.train",
+    "validation_file": "data.heldout",
+    "max_seq_length": "data.max_tokens",
+    "max_length": "data.max_tokens",
+    "sequence_len": "data.max_tokens",
+    "model_max_length": "data.max_tokens",
+    "cutoff_len": "data.max_tokens",
+    "r": "lora.rank",
+    "lora_r": "lora.rank",
+    "lora_alpha": "lora.alpha",
+    "lora_dropout": "lora.dropout",
+    "lora_target_modules": "lora.target_modules",
+    "target_modules": "lora.target_modules",
+    "use_rslora": "lora.rslora",
+    "peft_use_rslora": "lora.rslora",
+    "num_train_epochs": "training.epochs",
+    "num_epochs": "training.epochs",
+    "per_device_train_batch_size": "training.batch_size",
+    "per_gpu_train_batch_size": "training.batch_size",
+    "micro_batch_size": "training.batch_size",
+    "gradient_accumulation_steps": "training.accumulation_steps",
+    "optim": "training.optimizer",
+    "optimizer": "training.optimizer",
+    "learning_rate": "training.learning_rate",
+    "adam_epsilon": "training.eps",
+    "weight_decay": "training.weight_decay",
+    "warmup_ratio": "training.warmup_ratio",
+    "seed": "training.seed",
+    "logging_steps": "training.log_every_steps",
+    "early_stopping_patience": "training.early_stopping.patience",
+    "early_stopping_threshold": "training.early_stopping.min_delta",
+    "output_dir": "output",
+}
+
+# Of our keys that have their own words for a value.
+VALUES: dict[str, dict[Any, str]] = {
+    "base.dtype": {
+        "bf16": "bfloat16",
+        "torch.bfloat16": "bfloat16",
+        "fp16": "float16",
+        "torch.float16": "float16",
+        "fp32": "float32",
+        "torch.float32": "float32",
+    },
+    "training.optimizer": {
+        "adamw_torch": "adamw",
+        "adamw_torch_fused": "adamw",
+        "adamw_bnb_8bit": "adamw_8bit",
+        "paged_adamw": "paged_adamw_32bit",
+    },
+}
+
+# Their name: what each value of it sets.
+CHOICES: dict[str, tuple[tuple[Any, dict[str, Any]], ...]] = {
+    "adapter": (("lora", {}), ("qlora", {"base.quantization": "nf4"})),
+    "bf16": ((True, {"base.dtype": "bfloat16"}), (False, {}), ("auto", {})),
+    "fp16": ((True, {"base.dtype": "float16"}), (False, {})),
+    "load_best_model_at_end": ((True, {"training.keep": "best"}), (False, {})),
+    "lora_target_linear": ((True, {"lora.target_modules": "all-linear"}), (False, {})),
+    "no_cuda": ((True, {"base.device": "cpu"}), (False, {})),
+    "use_cpu": ((True, {"base.device": "cpu"}), (False, {})),
+}
+
+# Their name: the values that ask for what is done here anyway, and what that is.
+AS_IT_IS: dict[str, tuple[Sequence[Any], str]] = {
+    "bias": (("none",), "no bias is trained"),
+    "lora_bias": (("none", False), "no bias is trained"),
+    "bnb_4bit_use_double_quant": ((True,), "nf4 is always doubly quantized"),
+    "completion_only_loss": ((True,), "the loss is on the completion alone"),
+    "train_on_inputs": ((False,), "the loss is on the completion alone"),
+    "dataloader_num_workers": (range(1000), "the examples are tokenized before the first step"),
+    "dataloader_pin_memory": ((True, False), "the examples are tokenized before the first step"),
+    "ddp_find_unused_parameters": ((True, False), "only the adapter's gradients are exchanged"),
+    "disable_tqdm": ((True, False), "a bar is drawn on a terminal only"),
+    "do_eval": ((True,), "the held-out loss is always measured where data.heldout is set"),
+    "do_train": ((True,), "that is what the command does"),
+    "greater_is_better": ((False,), "the best step is the one with the lowest held-out loss"),
+    "group_by_length": ((True, False), "examples of like length meet in a step, and the steps come in random order"),
+    "label_smoothing_factor": ((0,), "labels are not smoothed"),
+    "logging_strategy": (("steps",), "progress is told every training.log_every_steps"),
+    "metric_for_best_model": (("loss", "eval_loss"), "the best step is the one with the lowest held-out loss"),
+    "model_type": (("AutoModelForCausalLM",), "the base's config.json says it"),
+    "tokenizer_type": (("AutoTokenizer",), "the base's tokenizer_config.json says it"),
+    "overwrite_output_dir": ((True,), "a finished adapter of the name is replaced when the new one is complete"),
+    "push_to_hub": ((False,), "nothing is uploaded"),
+    "remove_unused_columns": ((True, False), "the templates name the columns that are read"),
+    "save_safetensors": ((True,), "nothing else is written"),
+    "save_total_limit": (range(1, 1000), "one checkpoint is kept, to resume from"),
+    "strict": ((True, False), "an unknown key always stops the start"),
+    "task_type": (("CAUSAL_LM",), "a causal language model is what is trained"),
+    "torch_compile": ((False,), "nothing is compiled"),
+    "trust_remote_code": ((False,), "no code of a checkpoint is run"),
+}
+
+# Their name: what to do instead.
+INSTEAD = {
+    "adapter": "LoRA (lora, qlora) is what is trained",
+    "auto_find_batch_size": "set training.batch_size; `loraplex train --check` estimates the memory",
+    "chat_template": "write the turns into data.prompt and data.completion",
+    "data_seed": "one seed, training.seed, decides everything",
+    "dataset_name": "give a file: data.train",
+    "dataset_text_field": "name the column in data.completion",
+    "datasets": "give a file, data.train, and templates, data.prompt and data.completion",
+    "eval_batch_size": "held-out examples are measured in batches of training.batch_size",
+    "per_device_eval_batch_size": "held-out examples are measured in batches of training.batch_size",
+    "hub_model_id": "push the finished adapter: registry hub push NAME:N OWNER/REPO",
+    "hub_token": "log in once with `hf auth login`",
+    "token": "log in once with `hf auth login`",
+    "lr_scheduler_kwargs": "only {min_lr_rate: …} is understood, as training.min_lr_ratio",
+    "neftune_noise_alpha": "noise on the embeddings is not to be had",
+    "resume_from_checkpoint": "start the command with --resume",
+    "save_strategy": "training.save_every is a number of steps, or epoch",
+    "eval_strategy": "training.evaluate_every is a number of steps, or epoch",
+    "evaluation_strategy": "training.evaluate_every is a number of steps, or epoch",
+    "saves_per_epoch": "training.save_every is a number of steps, or epoch",
+    "evals_per_epoch": "training.evaluate_every is a number of steps, or epoch",
+    "tf32": "not to be had: float32 is computed as such",
+    "val_set_size": "put the held-out examples into a file of their own: data.heldout",
+}
+
+# A mapping of theirs whose entries are options in their own right.
+NESTED = ("quantization_config", "bnb_config", "peft_config", "lora_config")
+
+Settings = Mapping[str, Any]
+Ours = dict[str, Any]  # our key: value
+
+
+def is_theirs(name: str) -> bool:
+    return any(name in table for table in (RENAMED, CHOICES, AS_IT_IS, COMPUTED, INSTEAD, NESTED))
+
+
+def translate(settings: Settings) -> tuple[Ours, list[str]]:
+    """Our keys and values for those options in `settings` that are theirs, and a line for each of these options.
+
+    Raises ConfigError for an option that has no counterpart, with what to do instead, and for two that disagree.
+    """
+    flat = {name: value for name, value in settings.items() if is_theirs(name) and name not in NESTED}
+    for name in NESTED:
+        inner = settings.get(name) or {}
+        if not isinstance(inner, Mapping):
+            raise ConfigError(f"{name}: {_text(inner)}: a mapping of options is expected")
+        flat |= inner
+    theirs = {name: value for name, value in flat.items() if value is not None}
+    ours: Ours = {}
+    said_by: dict[str, str] = {}
+    lines = [f"{name}: empty, as if it were not there" for name in flat if name not in theirs]
+    for name, value in theirs.items():
+        if not is_theirs(name):
+            raise ConfigError(f"{name}: an unknown option in {' or '.join(n for n in NESTED if n in settings)}")
+        taken = _take(name, value, theirs)
+        for key, new in taken.items():
+            if ours.setdefault(key, new) != new:
+                raise ConfigError(f"{said_by[key]} and {name} both set {key}, to {ours[key]!r} and {new!r}: keep one")
+            said_by.setdefault(key, name)
+        lines.append(_line(name, value, taken))
+    return ours, lines
+
+
+def _take(name: str, value: Any, theirs: Settings) -> Ours:
+    """What one option becomes; nothing where it asks for what is done anyway."""
+    for chosen, ours in CHOICES.get(name, ()):
+        if chosen == value:
+            return ours
+    if name in COMPUTED and (ours := COMPUTED[name](value, theirs)) is not None:
+        return ours
+    if name in RENAMED:
+        key = RENAMED[name]
+        return {key: VALUES.get(key, {}).get(value, value) if isinstance(value, str) else value}
+    values, reason = AS_IT_IS.get(name, ((), INSTEAD.get(name, "")))
+    if value in values:
+        return {}
+    raise ConfigError(f"{name}: {_text(value)}: not to be had: {reason}")
+
+
+def _line(name: str, value: Any, ours: Ours) -> str:
+    """`old -> key` where the value stays, `old: value -> key: value` where it does not."""
+    if not ours:
+        return f"{name}: {_text(value)}: needs no setting" + (f": {AS_IT_IS[name][1]}" if name in AS_IT_IS else "")
+    if list(ours.values()) == [value]:
+        return f"{name} -> {next(iter(ours))}"
+    return f"{name}: {_text(value)} -> " + ", ".join(f"{key}: {_text(new)}" for key, new in ours.items())
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _quantization(scheme: str, other: str) -> Callable[[Any, Settings], Ours | None]:
+    """`load_in_4bit` and `load_in_8bit`: neither means a base that is not quantized, unless something else says so."""
+
+    def choose(wanted: Any, theirs: Settings) -> Ours | None:
+        if wanted is True:
+            return {"base.quantization": theirs.get("bnb_4bit_quant_type", scheme) if scheme == "nf4" else scheme}
+        return {} if theirs.get(other) is True or theirs.get("adapter") == "qlora" else {"base.quantization": "none"}
+
+    return choose
+
+
+def _strategy(key: str, steps: str, *, never: Ours | None = None) -> Callable[[Any, Settings], Ours | None]:
+    """When to save or to measure: "epoch", "steps" with their number in the option `steps`, or "no"."""
+
+    def choose(chosen: Any, theirs: Settings) -> Ours | None:
+        if chosen == "epoch":
+            return {key: "epoch"}
+        if chosen == "steps":
+            return {} if steps in theirs else None
+        return never if chosen == "no" else None
+
+    return choose
+
+
+def _steps(key: str, *strategies: str) -> Callable[[Any, Settings], Ours | None]:
+    """A number of steps; beside a strategy that goes by something else it is without effect with them too."""
+    return lambda steps, theirs: {key: steps} if all(theirs.get(s, "steps") == "steps" for s in strategies) else {}
+
+
+def _betas(_: Any, theirs: Settings) -> Ours:
+    return {"training.betas": [theirs.get("adam_beta1", 0.9), theirs.get("adam_beta2", 0.999)]}
+
+
+def _schedule(schedule: Any, theirs: Settings) -> Ours:
+    """Their `constant` has no warm-up, where ours has the default one."""
+    if schedule == "constant" and not {"warmup_ratio", "warmup_steps"} & theirs.keys():
+        return {"training.schedule": schedule, "training.warmup_ratio": 0.0}
+    return {"training.schedule": schedule}
+
+
+def _warmup(steps: Any, theirs: Settings) -> Ours:
+    """transformers 5 takes a share of the steps here too: a number below 1. Zero leaves the word to `warmup_ratio`."""
+    if steps == 0 and "warmup_ratio" in theirs:
+        return {}
+    key = "training.warmup_ratio" if isinstance(steps, float) and steps < 1 else "training.warmup_steps"
+    return {key: steps}
+
+
+def _scheduler_options(options: Any, _: Settings) -> Ours | None:
+    return {"training.min_lr_ratio": options["min_lr_rate"]} if list(options) == ["min_lr_rate"] else None
+
+
+# Their name: our keys, from the value and their other options; None for a value that is not understood.
+COMPUTED: dict[str, Callable[[Any, Settings], Ours | None]] = {
+    "adam_beta1": _betas,
+    "adam_beta2": _betas,
+    "cosine_min_lr_ratio": lambda ratio, _: {"training.schedule": "cosine_with_min_lr", "training.min_lr_ratio": ratio},
+    "eval_strategy": _strategy("training.evaluate_every", "eval_steps", never={}),
+    "evaluation_strategy": _strategy("training.evaluate_every", "eval_steps", never={}),
+    "eval_steps": _steps("training.evaluate_every", "eval_strategy", "evaluation_strategy"),
+    "save_strategy": _strategy("training.save_every", "save_steps"),
+    "save_steps": _steps("training.save_every", "save_strategy"),
+    "load_in_4bit": _quantization("nf4", "load_in_8bit"),
+    "load_in_8bit": _quantization("int8", "load_in_4bit"),
+    "lr_scheduler_kwargs": _scheduler_options,
+    "lr_scheduler": _schedule,
+    "lr_scheduler_type": _schedule,
+    "max_grad_norm": lambda norm, _: {"training.max_grad_norm": norm or None},
+    "max_steps": lambda steps, _: {} if steps == -1 else {"training.max_steps": steps},
+    "warmup_steps": _warmup,
+}
