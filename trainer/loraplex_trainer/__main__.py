@@ -5,6 +5,7 @@ Exit codes: 0 done; 1 failed on the way; 2 run file, data or checkpoint wrong, b
 
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 
 import click
@@ -14,9 +15,30 @@ from loraplex_server.engine.errors import EngineError
 from loraplex_server.engine.upstream import quiet
 from loraplex_trainer.config import load_config
 from loraplex_trainer.errors import Interrupted, TrainerError
+from loraplex_trainer.run_schema import FILE as SCHEMA
 
 
-@click.command()
+class RunOrWord(click.Command):
+    """A command whose first argument is a run file, or one of a few words that are commands of their own."""
+
+    words: dict[str, click.Command] = {}  # noqa: RUF012
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: object
+    ) -> click.Context:
+        if args and args[0] in self.words:
+            name = f"{info_name} {args[0]}"
+            return self.words[args[0]].make_context(name, args[1:], parent, **extra)  # type: ignore[arg-type]
+        return super().make_context(info_name, args, parent, **extra)  # type: ignore[arg-type]
+
+    def invoke(self, ctx: click.Context) -> object:
+        return super().invoke(ctx) if ctx.command is self else ctx.command.invoke(ctx)
+
+
+@click.command(
+    cls=RunOrWord,
+    epilog="`loraplex train schema` prints the JSON Schema of run files, for editors.",
+)
 @click.argument("run_file", metavar="RUN_YAML", type=click.Path(path_type=Path))
 @click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1)
 @click.option("--resume", is_flag=True, help="Go on from the checkpoint of a run that was interrupted.")
@@ -25,7 +47,7 @@ def train(run_file: Path, overrides: tuple[str, ...], resume: bool) -> None:
     console = Console(highlight=False)
     go_on = shlex.join(["loraplex", "train", str(run_file), *overrides, "--resume"])
     try:
-        config = load_config(run_file, overrides)
+        config = load_config(run_file, overrides, partial(console.print, markup=False, soft_wrap=True))
         # torch and its kin take seconds to import: a mistake in the run file is answered before.
         quiet()
         from loraplex_trainer.run import train
@@ -41,6 +63,18 @@ def train(run_file: Path, overrides: tuple[str, ...], resume: bool) -> None:
         _end(f"error: {error}", 1)
     else:
         console.print(f"adapter: {folder}\nnext:    registry push {config.name}", markup=False, soft_wrap=True)
+
+
+@click.command()
+def schema() -> None:
+    """Print the JSON Schema of run files.
+
+    An editor checks a run file whose first line is: # yaml-language-server: $schema=run.schema.json
+    """
+    click.echo(SCHEMA.read_text(encoding="utf-8"), nl=False)
+
+
+RunOrWord.words = {"schema": schema}
 
 
 def _end(message: str, exit_code: int) -> None:
