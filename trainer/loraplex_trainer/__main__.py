@@ -42,7 +42,9 @@ class RunOrWord(click.Command):
 @click.argument("run_file", metavar="RUN_YAML", type=click.Path(path_type=Path))
 @click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1)
 @click.option("--resume", is_flag=True, help="Go on from the checkpoint of a run that was interrupted.")
-def train(run_file: Path, overrides: tuple[str, ...], resume: bool) -> None:
+@click.option("--check", "checking", is_flag=True, help="Read and show everything, train nothing, write nothing.")
+@click.option("--no-timing", is_flag=True, help="With --check: take no timed steps, so that no weight is read.")
+def train(run_file: Path, overrides: tuple[str, ...], resume: bool, checking: bool, no_timing: bool) -> None:
     """Train one LoRA adapter as RUN_YAML says; KEY=VALUE sets a key, such as training.learning_rate=1e-3."""
     console = Console(highlight=False)
     go_on = shlex.join(["loraplex", "train", str(run_file), *overrides, "--resume"])
@@ -50,6 +52,11 @@ def train(run_file: Path, overrides: tuple[str, ...], resume: bool) -> None:
         config = load_config(run_file, overrides, partial(console.print, markup=False, soft_wrap=True))
         # torch and its kin take seconds to import: a mistake in the run file is answered before.
         quiet()
+        if checking:
+            from loraplex_trainer.check import check
+
+            check(config, console, timing=not no_timing)
+            return
         from loraplex_trainer.run import train
 
         folder = train(config, resume=resume, console=console)
@@ -60,7 +67,7 @@ def train(run_file: Path, overrides: tuple[str, ...], resume: bool) -> None:
     except TrainerError as error:
         _end(f"error: {error}", error.exit_code)
     except (EngineError, OSError) as error:
-        _end(f"error: {error}", 1)
+        _end(f"error: {error}", 2 if checking else 1)
     else:
         console.print(f"adapter: {folder}\nnext:    registry push {config.name}", markup=False, soft_wrap=True)
 

@@ -1,0 +1,144 @@
+"""The preflight of a run, `loraplex train --check`: everything that can be known before training, and nothing written.
+
+Shows what the model will see and where the loss is, what is left out, what it will take in memory and in time.
+"""
+
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import torch
+from peft import PeftModel
+from rich.console import Console
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from loraplex_server.engine.model import load_base
+from loraplex_trainer.adapter import adapter_weights, attach_adapter, load_weights, trainable_parameters
+from loraplex_trainer.config import RunConfig
+from loraplex_trainer.data import Encoded, Example, read_split, steps_in_epoch
+from loraplex_trainer.loop import Loop
+from loraplex_trainer.memory import MemoryEstimate, base_bytes, empty_base, estimate_memory
+from loraplex_trainer.parent import find_parent
+from loraplex_trainer.progress import duration, say
+from loraplex_trainer.run import encode_splits
+from loraplex_trainer.schedule import count_steps
+
+SHOWN_EXAMPLES = 3
+SHOWN_CHARACTERS = 400  # of each part of an example, from its two ends
+TIMED_STEPS = 2
+
+
+def check(config: RunConfig, console: Console, *, timing: bool) -> None:
+    """Prints the report. Raises what `train` would raise before its first step: TrainerError and EngineError."""
+    splits = {"train": read_split(config.data.train, config.data)}
+    if config.data.heldout is not None:
+        splits["heldout"] = read_split(config.data.heldout, config.data)
+    base = empty_base(config.base)
+    encoded = encode_splits(config, splits, base, console)
+    for name, split in splits.items():
+        say(console, f"{name}: {split.path}: {_counts(encoded[name])}")
+    examples = encoded["train"].examples
+    for number, example in enumerate(examples[:SHOWN_EXAMPLES], start=1):
+        console.print(rendered(number, example, base.tokenizer, colour=console.is_terminal), soft_wrap=True)
+    loaded = base_bytes(base.model, config.base.quantization)
+    model = attach_adapter(base, config.lora)
+    with tempfile.TemporaryDirectory() as scratch:
+        if parent := find_parent(config, base.description, Path(scratch)):
+            with warnings.catch_warnings():  # torch says that nothing is copied into a model without numbers
+                warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")
+                load_weights(model, parent.folder)
+            say(console, f"continues: {parent.name}, {parent.digest}")
+    say(console, _adapter(model))
+    for line in _memory(estimate_memory(model, loaded, examples, config.training), config):
+        say(console, line)
+    per_epoch = steps_in_epoch(len(examples), config.examples_per_step)
+    size = f"{config.training.batch_size} × {config.training.accumulation_steps} examples"
+    say(console, f"steps: {count_steps(config.training, per_epoch)} of {size}, {per_epoch} to an epoch")
+    if timing:
+        seconds, tokens_per_second = _timed(config, encoded["train"])
+        say(
+            console, f"time: about {duration(seconds)}, at the {tokens_per_second:,.0f} tokens/s of {TIMED_STEPS} steps"
+        )
+
+
+def rendered(number: int, example: Example, tokenizer: PreTrainedTokenizerBase, *, colour: bool) -> Text:
+    """An example as the model sees it; where the loss is, green on a terminal and in [brackets] elsewhere."""
+    text = Text(f"example {number}: ")
+    for part, learnt in _parts(example, tokenizer):
+        short = part if len(part) <= 2 * SHOWN_CHARACTERS else f"{part[:SHOWN_CHARACTERS]} … {part[-SHOWN_CHARACTERS:]}"
+        text.append(short if colour or not learnt else f"[{short}]", style="green" if learnt else "dim")
+    return text
+
+
+def _parts(example: Example, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, bool]]:
+    """Stretches of text in their order, and whether the loss is on them."""
+    for ids, learnt in ((example.ids[: example.answer_start], False), (example.ids[example.answer_start :], True)):
+        yield str(tokenizer.decode(list(ids))).replace("\n", "⏎"), learnt
+
+
+def _counts(encoded: Encoded) -> str:
+    return (
+        f"{len(encoded.examples)} examples, {encoded.tokens:,} tokens, loss on {encoded.answer_tokens:,}; "
+        f"{encoded.truncated} truncated, {encoded.dropped} left out"
+    )
+
+
+def _adapter(model: PeftModel) -> str:
+    trainable = sum(parameter.numel() for parameter in trainable_parameters(model).values())
+    saved = sum(tensor.nbytes for tensor in adapter_weights(model).values())
+    return f"adapter: {trainable:,} trainable parameters; {saved:,} bytes of weights are saved"
+
+
+def _memory(estimate: MemoryEstimate, config: RunConfig) -> Iterator[str]:
+    """The parts, their sum beside what there is, and what to lower where that is less."""
+    parts = ", ".join(f"{name} {_gib(size)}" for name, size in vars(estimate).items())
+    free, where = _free_memory(config.base.device)
+    yield f"memory, an estimate: {parts}: {_gib(estimate.total)} in all; {_gib(free)} are free on the {where}"
+    if estimate.total <= free:
+        return
+    fixed = estimate.total - estimate.activations
+    if fixed > free:
+        yield "too much: the base and its adapter alone do not fit: take a smaller base, or quantize it"
+        return
+    size = config.training.batch_size
+    fits = max(1, int(size * (free - fixed) / estimate.activations))
+    yield (
+        f"too much: lower training.batch_size from {size} to {fits}, and raise training.accumulation_steps to "
+        f"{-(-config.examples_per_step // fits)}: the steps stay the same"
+        if fits < size
+        else "too much: lower data.max_tokens"
+    )
+
+
+def _timed(config: RunConfig, train: Encoded) -> tuple[float, float]:
+    """Seconds that the run will take, and tokens per second, from a few real steps after one that warms up."""
+    base = load_base(**config.base.load_options)
+    torch.manual_seed(config.training.seed)
+    pad_id = pad if isinstance(pad := base.tokenizer.pad_token_id, int) else 0
+    loop = Loop(attach_adapter(base, config.lora), train.examples, config, pad_id)
+    total_steps, loop.total_steps = loop.total_steps, 1 + TIMED_STEPS
+    marks: list[tuple[float, int]] = []
+
+    def mark(loop: Loop) -> bool:
+        loop.read_losses()  # waits for the device
+        marks.append((time.monotonic(), loop.tokens_done))
+        return False
+
+    loop.run(mark)
+    (began, tokens_before), (ended, tokens) = marks[0], marks[-1]
+    speed = (tokens - tokens_before) / (ended - began)
+    return total_steps / loop.steps_per_epoch * train.tokens / speed, speed
+
+
+def _free_memory(device: str) -> tuple[int, str]:
+    if device != "cpu" and torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0], torch.cuda.get_device_name()
+    return psutil.virtual_memory().available, "CPU"
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
