@@ -122,11 +122,11 @@ def test_nothing_to_resume_is_an_error_not_a_fresh_start(write_run, train):
 def test_a_finished_adapter_stays_until_the_next_is_complete(interrupted, write_run, train, tmp_path):
     folder = tmp_path / "adapters/tagger"
     train(write_run())
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     train(interrupted, "training.learning_rate=1e36", exit_code=1)
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
     train(write_run(training__seed=7))
-    after = {path.name: path.read_bytes() for path in folder.iterdir()}
+    after = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     assert after.keys() == before.keys() and after["adapter_model.safetensors"] != before["adapter_model.safetensors"]
     assert [path.name for path in folder.parent.iterdir()] == ["tagger"]
 
@@ -145,6 +145,7 @@ def test_the_receipt_says_what_the_adapter_was_made_of(write_run, train, receipt
     result = train(write_run(base__quantization="nf4", base__dtype="float32"), "training.seed=3")
     folder = tmp_path / "adapters/tagger"
     assert sorted(path.name for path in folder.iterdir()) == [
+        ".training",
         "adapter_config.json",
         "adapter_model.safetensors",
         "receipt.json",

@@ -26,6 +26,7 @@ from loraplex_trainer.parent import find_parent
 from loraplex_trainer.progress import duration, say
 from loraplex_trainer.run import encode_splits
 from loraplex_trainer.schedule import count_steps
+from loraplex_trainer.tracking import check_packages
 
 SHOWN_EXAMPLES = 3
 SHOWN_CHARACTERS = 400  # of each part of an example, from its two ends
@@ -34,6 +35,7 @@ TIMED_STEPS = 2
 
 def check(config: RunConfig, console: Console, *, timing: bool) -> None:
     """Prints the report. Raises what `train` would raise before its first step: TrainerError and EngineError."""
+    check_packages(config)
     splits = {"train": read_split(config.data.train, config.data)}
     if config.data.heldout is not None:
         splits["heldout"] = read_split(config.data.heldout, config.data)

@@ -146,6 +146,8 @@ class RunConfig(Section):
     training: TrainingSection = TrainingSection()
     evaluation: EvaluationSection = EvaluationSection()
     output: Path = Path("adapters")
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = ()
+    logs: Path = Path("logs")
     continue_from: str | None = None
     registry: str | None = None
 

@@ -11,6 +11,8 @@ _FREE_KEYS = (
     "output",
     "registry",
     "evaluation",
+    "report_to",
+    "logs",
     "data.heldout",
     "training.save_every",
     "training.log_every_steps",
@@ -21,7 +23,7 @@ def run_identity(
     config: RunConfig, splits: dict[str, Split], base: Base, parent: dict[str, Any] | None
 ) -> dict[str, Any]:
     """The settings, data, base and parent that the weights follow from."""
-    settings = {key: value for key, value in _flat(config.model_dump(mode="json")).items() if not _is_free(key)}
+    settings = {key: value for key, value in flat(config.model_dump(mode="json")).items() if not _is_free(key)}
     return {
         "config": settings,
         "train_sha256": splits["train"].sha256,
@@ -35,7 +37,7 @@ def run_identity(
 
 def difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str | None:
     """The first thing in which two identities differ, in words."""
-    before, now = _flat(theirs), _flat(ours)
+    before, now = flat(theirs), flat(ours)
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key):
             return f"{key.removeprefix('config.')} was {before.get(key)!r} and is {now.get(key)!r} now"
@@ -46,8 +48,9 @@ def _is_free(key: str) -> bool:
     return any(key == free or key.startswith(f"{free}.") for free in _FREE_KEYS)
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A tree of settings as dotted keys and their values."""
+    leaves: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
+        leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return leaves

@@ -54,6 +54,7 @@ RENAMED = {
     "early_stopping_patience": "training.early_stopping.patience",
     "early_stopping_threshold": "training.early_stopping.min_delta",
     "output_dir": "output",
+    "logging_dir": "logs",
 }
 
 # Of our keys that have their own words for a value.
@@ -138,6 +139,7 @@ INSTEAD = {
     "evaluation_strategy": "training.evaluate_every is a number of steps, or epoch",
     "saves_per_epoch": "training.save_every is a number of steps, or epoch",
     "evals_per_epoch": "training.evaluate_every is a number of steps, or epoch",
+    "wandb_project": "set the environment variable WANDB_PROJECT",
     "tf32": "not to be had: float32 is computed as such",
     "val_set_size": "put the held-out examples into a file of their own: data.heldout",
 }

@@ -4,17 +4,21 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import psutil
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from loraplex_trainer.loop import Loop
+from loraplex_trainer.tracking import Trackers
 
 
 class Reporter:
-    """Says loss, learning rate, tokens per second and the time left, each time it is asked to."""
+    """Says loss, learning rate, tokens per second, memory and the time left, each time it is asked to."""
 
-    def __init__(self, console: Console, loop: Loop, bar: Progress | None) -> None:
+    def __init__(self, console: Console, loop: Loop, bar: Progress | None, trackers: Trackers) -> None:
         self._console = console
+        self._trackers = trackers
         self._bar = bar
         self._started = time.monotonic()
         self._steps_before = loop.step
@@ -24,19 +28,29 @@ class Reporter:
         seconds = max(1e-9, time.monotonic() - self._started)
         recent = loop.losses[-loop.config.training.log_every_steps :]
         loss, speed = sum(recent) / len(recent), loop.tokens_done / seconds
-        note = f"loss {loss:.4f}  lr {loop.learning_rate:.2e}  {speed:,.0f} tokens/s"
+        memory = memory_in_use()
+        self._trackers.log(
+            loop.step, loss=loss, learning_rate=loop.learning_rate, tokens_per_second=speed, memory_bytes=memory
+        )
+        note = f"loss {loss:.4f}  lr {loop.learning_rate:.2e}  {speed:,.0f} tokens/s  {memory / 2**30:.2f} GiB"
         if self._bar and self._task is not None:
             self._bar.update(self._task, completed=loop.step, note=note)
         else:
             left = seconds / max(1, loop.step - self._steps_before) * (loop.total_steps - loop.step)
-            say(self._console, f"step {loop.step}/{loop.total_steps}  {note}  {left:.0f} s left")
+            say(self._console, f"step {loop.step}/{loop.total_steps}  {note}  {duration(left)} left")
+
+    def measured(self, loop: Loop) -> None:
+        """Says the held-out loss that was measured last."""
+        step, loss = loop.evaluations[-1]
+        self._trackers.log(step, heldout_loss=loss)
+        say(self._console, f"step {step}/{loop.total_steps}  held-out loss {loss:.4f}")
 
 
 @contextmanager
-def reporting(console: Console, loop: Loop) -> Iterator[Reporter]:
+def reporting(console: Console, loop: Loop, trackers: Trackers) -> Iterator[Reporter]:
     """A Reporter for one loop; the bar is drawn only on a terminal."""
     if not console.is_terminal:
-        yield Reporter(console, loop, None)
+        yield Reporter(console, loop, None, trackers)
         return
     columns = (
         TextColumn("{task.description}"),
@@ -46,7 +60,14 @@ def reporting(console: Console, loop: Loop) -> Iterator[Reporter]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console) as bar:
-        yield Reporter(console, loop, bar)
+        yield Reporter(console, loop, bar, trackers)
+
+
+def memory_in_use() -> int:
+    """Bytes: of the GPU where there is one in use, else of this process."""
+    if torch.cuda.is_available() and torch.cuda.memory_allocated():
+        return torch.cuda.memory_reserved()
+    return psutil.Process().memory_info().rss
 
 
 def duration(seconds: float) -> str:

@@ -26,6 +26,7 @@ from loraplex_trainer.checkpoint import (
     swap_in,
 )
 from loraplex_trainer.config import RunConfig
+from loraplex_trainer.curve import write_curve
 from loraplex_trainer.data import Encoded, Split, encode_split, end_of_sequence, read_split
 from loraplex_trainer.errors import CheckpointError, ConfigError, DataError, Interrupted
 from loraplex_trainer.evaluate import evaluate, score_table
@@ -36,6 +37,7 @@ from loraplex_trainer.parent import find_parent
 from loraplex_trainer.progress import reporting, say
 from loraplex_trainer.receipt import Trained, base_record, receipt_of, write_receipt
 from loraplex_trainer.stopping import should_stop
+from loraplex_trainer.tracking import check_packages, tracking
 
 
 def train(config: RunConfig, *, resume: bool, console: Console) -> Path:
@@ -44,6 +46,7 @@ def train(config: RunConfig, *, resume: bool, console: Console) -> Path:
     Raises ConfigError, DataError and CheckpointError for what is wrong before training; NotFinite and Interrupted
     during it; EngineError for a base that cannot be loaded.
     """
+    check_packages(config)
     splits = {"train": read_split(config.data.train, config.data)}
     if config.data.heldout is not None:
         splits["heldout"] = read_split(config.data.heldout, config.data)
@@ -83,7 +86,11 @@ def _train_adapter(
     loop = Loop(model, encoded["train"].examples, config, pad_id)
     identity = _go_on(loop, config, splits, base, earlier) if earlier else _begin(loop, config, splits, base)
     say(console, _opening(loop, base, encoded["train"]))
-    with stop_signals() as stopped, reporting(console, loop) as reporter:
+    with (
+        tracking(config) as trackers,
+        stop_signals() as stopped,
+        reporting(console, loop, trackers) as reporter,
+    ):
 
         def after_step(loop: Loop) -> bool:
             finished = loop.step == loop.total_steps
@@ -95,6 +102,7 @@ def _train_adapter(
                 loop.read_losses()  # a loss that is not finite stops here, before it is saved
             if measure_due:
                 loop.measure(encoded["heldout"].examples)
+                reporter.measured(loop)
                 finished = finished or should_stop(loop.evaluations, training.early_stopping)
             if report_due:
                 reporter.report(loop)
@@ -117,6 +125,7 @@ def _train_adapter(
     if heldout_loss is None and "heldout" in encoded:
         heldout_loss = mean_loss(model, encoded["heldout"].examples, training.batch_size, pad_id)
     save_adapter(model, folder, base.id, base.revision)
+    write_curve(folder, loop.losses, loop.evaluations, training, loop.total_steps)
     losses, evaluations = tuple(loop.losses), tuple(loop.evaluations)
     return Trained(
         base_record(base), encoded, losses, evaluations, kept_step, heldout_loss, identity["parent"], started
