@@ -146,7 +146,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_good(write_r
     path = write_run(training__save_every=1, training__warmup_ratio=1.0, training__max_steps=30)
     result = train(path, "training.learning_rate=1e36", exit_code=1)
     assert "error: the " in result.stderr and " at step " in result.stderr and "learning_rate" in result.stderr
-    step = int(result.stderr.split(" at step ")[1].split(":")[0])
+    step = int(result.stderr.split(" at step ")[1].split(",")[0])
     progress = json.loads((tmp_path / "adapters/tagger/.checkpoint/progress.json").read_text())
     assert progress["step"] == step - 1 and all(map(math.isfinite, progress["losses"]))
     state = load_file(tmp_path / "adapters/tagger/.checkpoint/state.safetensors")

@@ -6,6 +6,8 @@ Owns the folder `<output>/<name>/.checkpoint`. No pickle: reading a checkpoint r
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from loraplex_trainer.errors import CheckpointError
+from loraplex_trainer.errors import CheckpointError, NotWritten
 from loraplex_trainer.loop import Loop
 from loraplex_trainer.optimizers import optimizer_state, restore_optimizer
 from loraplex_trainer.stopping import Evaluation
@@ -42,12 +44,13 @@ def save_checkpoint(folder: Path, progress: Progress, loop: Loop) -> None:
     if torch.cuda.is_available():
         tensors["random/cuda"] = torch.cuda.get_rng_state()
     partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_file(_each_its_own(tensors), partial / "state.safetensors")
     document = {"format": FORMAT, **vars(progress)}
-    (partial / "progress.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
-    swap_in(partial, folder)
+    with writing(partial, f"the checkpoint of step {progress.step}"):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        save_file(_each_its_own(tensors), partial / "state.safetensors")
+        (partial / "progress.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
+        swap_in(partial, folder)
 
 
 def load_progress(folder: Path) -> Progress:
@@ -94,6 +97,20 @@ def _each_its_own(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         seen.add(tensor.data_ptr())
         separate[key] = tensor.clone() if shared else tensor.contiguous()
     return separate
+
+
+@contextmanager
+def writing(partial: Path, what: str) -> Iterator[None]:
+    """Removes `partial` and raises NotWritten, naming `what`, where the disk does not take it."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise NotWritten(
+            f"{what} could not be written to {partial.parent}: {reason}; what was there before is whole: "
+            "make room, and go on with --resume"
+        ) from error
 
 
 def swap_in(partial: Path, folder: Path) -> None:

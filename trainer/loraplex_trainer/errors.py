@@ -5,8 +5,12 @@ TrainerError
 ├── DataError(ValueError)           the examples: unreadable, a column missing, nothing left to learn from
 ├── CheckpointError(RuntimeError)   nothing to resume, or a checkpoint of another run
 ├── NotFinite(ArithmeticError)      the loss or its gradient became NaN or infinite
+├── OutOfMemory(MemoryError)        a step did not fit
+├── NotWritten(OSError)             the disk is full, or not to be written to
 └── Interrupted                     the user or the system asked the run to stop; a checkpoint was saved
 """
+
+from collections.abc import Sequence
 
 
 class TrainerError(Exception):
@@ -34,13 +38,35 @@ class CheckpointError(TrainerError, RuntimeError):
 
 
 class NotFinite(TrainerError, ArithmeticError):
-    """The loss or its gradient is NaN or infinite at `step`; nothing of it is saved."""
+    """The loss or its gradient is NaN or infinite at `step`, with the examples `numbers`; nothing of it is saved."""
 
-    def __init__(self, step: int, what: str, value: float) -> None:
+    def __init__(self, step: int, what: str, value: float, numbers: Sequence[int]) -> None:
+        rows = ", ".join(map(str, numbers))
         super().__init__(
-            f"the {what} is {value} at step {step}: lower training.learning_rate (a checkpoint saved before is kept)"
+            f"the {what} is {value} at step {step}, whose examples are number {rows} of those kept of data.train: "
+            "look at them, or lower training.learning_rate (a checkpoint saved before is kept)"
         )
         self.step = step
+
+
+class OutOfMemory(TrainerError, MemoryError):
+    """A forward or backward pass of `rows` examples, the longest of `tokens` tokens, did not fit into memory."""
+
+    def __init__(self, step: int, rows: int, tokens: int, accumulation_steps: int) -> None:
+        if rows > 1:
+            advice = (
+                f"set training.batch_size to {-(-rows // 2)} and training.accumulation_steps to "
+                f"{2 * accumulation_steps}: the same steps, with half of it in memory at a time"
+            )
+        else:
+            advice = f"lower data.max_tokens to {tokens // 2}, or take a smaller base"
+        at_a_time = f"{rows} examples of up to {tokens} tokens at a time"
+        super().__init__(f"out of memory at step {step}, with {at_a_time}: {advice}")
+        self.step = step
+
+
+class NotWritten(TrainerError, OSError):
+    """A file could not be written; what was there before is whole."""
 
 
 class Interrupted(TrainerError):

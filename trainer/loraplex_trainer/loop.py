@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from loraplex_trainer.adapter import trainable_parameters
 from loraplex_trainer.config import RunConfig
 from loraplex_trainer.data import IGNORED, Batch, Example, epoch_order, make_batch, steps_in_epoch
-from loraplex_trainer.errors import NotFinite
+from loraplex_trainer.errors import NotFinite, OutOfMemory
 from loraplex_trainer.optimizers import build_optimizer
 from loraplex_trainer.schedule import count_steps, scheduled_rate
 from loraplex_trainer.stopping import Evaluation, is_best
@@ -41,7 +41,7 @@ class Loop:
     best: dict[str, torch.Tensor] = field(default_factory=dict)
     tokens_done: int = 0  # since this process began
     learning_rate: float = 0.0  # of the latest step
-    _unread: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    _unread: list[tuple[torch.Tensor, torch.Tensor, list[int]]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.parameters = trainable_parameters(self.model)
@@ -67,7 +67,7 @@ class Loop:
             self.optimizer.zero_grad(set_to_none=True)
             self.step += 1
             self.tokens_done += sum(len(example.ids) for example in chosen)
-            self._unread.append((loss, norm))
+            self._unread.append((loss, norm, indices))
             if after_step(self):
                 break
         self.read_losses()
@@ -97,12 +97,12 @@ class Loop:
         """Brings the latest losses over from the device (it waits there, so not every step); raises NotFinite."""
         if not self._unread:
             return
-        numbers = torch.stack([torch.stack([loss, norm]) for loss, norm in self._unread]).tolist()
-        first = self.step - len(numbers) + 1
-        for step, (loss, norm) in enumerate(numbers, start=first):
+        values = torch.stack([torch.stack([loss, norm]) for loss, norm, _ in self._unread]).tolist()
+        first = self.step - len(values) + 1
+        for step, ((loss, norm), (*_, indices)) in enumerate(zip(values, self._unread, strict=True), start=first):
             for what, value in (("loss", loss), ("gradient norm", norm)):
                 if not math.isfinite(value):
-                    raise NotFinite(step, what, value)
+                    raise NotFinite(step, what, value, [index + 1 for index in sorted(indices)])
             self.losses.append(loss)
         self._unread.clear()
 
@@ -111,10 +111,23 @@ class Loop:
         total = torch.zeros((), device=self.model.device)
         size = self.config.training.batch_size
         for start in range(0, len(chosen), size):
-            loss = loss_sum(self.model, make_batch(chosen[start : start + size], self.pad_id)) / answer_tokens
-            loss.backward()
+            part = chosen[start : start + size]
+            with self._memory_named(part):
+                loss = loss_sum(self.model, make_batch(part, self.pad_id)) / answer_tokens
+                loss.backward()
             total += loss.detach()
         return total
+
+    @contextmanager
+    def _memory_named(self, part: Sequence[Example]) -> Iterator[None]:
+        """Raises OutOfMemory, which says what to lower, in the place of torch's errors."""
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:  # the CPU's allocator raises a plain RuntimeError
+            if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
+                raise
+            longest = max(len(example.ids) for example in part)
+            raise OutOfMemory(self.step + 1, len(part), longest, self.config.training.accumulation_steps) from error
 
     def _remaining_steps(self) -> Iterator[list[int]]:
         lengths = [len(example.ids) for example in self.examples]

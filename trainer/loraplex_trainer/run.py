@@ -24,6 +24,7 @@ from loraplex_trainer.checkpoint import (
     restore_state,
     save_checkpoint,
     swap_in,
+    writing,
 )
 from loraplex_trainer.config import RunConfig
 from loraplex_trainer.curve import write_curve
@@ -32,6 +33,7 @@ from loraplex_trainer.errors import CheckpointError, ConfigError, DataError, Int
 from loraplex_trainer.evaluate import evaluate, score_table
 from loraplex_trainer.fast import use_kernels
 from loraplex_trainer.identity import difference, run_identity
+from loraplex_trainer.lock import locked_folder
 from loraplex_trainer.loop import Loop, mean_loss, stop_signals
 from loraplex_trainer.parent import find_parent
 from loraplex_trainer.progress import reporting, say
@@ -50,17 +52,18 @@ def train(config: RunConfig, *, resume: bool, console: Console) -> Path:
     splits = {"train": read_split(config.data.train, config.data)}
     if config.data.heldout is not None:
         splits["heldout"] = read_split(config.data.heldout, config.data)
-    finish_swap(config.folder)
-    earlier = load_progress(checkpoint_folder(config)) if resume else None
     with _partial_folder(config) as partial:
+        finish_swap(config.folder)
+        earlier = load_progress(checkpoint_folder(config)) if resume else None
         trained = _train_adapter(config, splits, earlier, partial, console)
         _free_memory()
         metrics: dict[str, float] = {}
         if "heldout" in splits and config.evaluation.metric != "none":
             say(console, f"scoring {len(splits['heldout'].prompts)} held-out prompts with the serving engine")
             metrics = evaluate(config, partial, splits["heldout"])
-        write_receipt(partial, receipt_of(config, splits, trained, metrics))
-        swap_in(partial, config.folder)
+        with writing(partial, "the adapter"):
+            write_receipt(partial, receipt_of(config, splits, trained, metrics))
+            swap_in(partial, config.folder)
     if metrics or trained.heldout_loss is not None:
         console.print(score_table(metrics, trained.heldout_loss))
     return config.folder
@@ -124,8 +127,9 @@ def _train_adapter(
     heldout_loss = dict(loop.evaluations).get(kept_step)
     if heldout_loss is None and "heldout" in encoded:
         heldout_loss = mean_loss(model, encoded["heldout"].examples, training.batch_size, pad_id)
-    save_adapter(model, folder, base.id, base.revision)
-    write_curve(folder, loop.losses, loop.evaluations, training, loop.total_steps)
+    with writing(folder, "the adapter"):
+        save_adapter(model, folder, base.id, base.revision)
+        write_curve(folder, loop.losses, loop.evaluations, training, loop.total_steps)
     losses, evaluations = tuple(loop.losses), tuple(loop.evaluations)
     return Trained(
         base_record(base), encoded, losses, evaluations, kept_step, heldout_loss, identity["parent"], started
@@ -194,14 +198,13 @@ def _opening(loop: Loop, base: Base, train: Encoded) -> str:
 
 @contextmanager
 def _partial_folder(config: RunConfig) -> Iterator[Path]:
-    """A folder beside the output in which it is made, gone afterwards: swapped in, or thrown away."""
+    """A folder beside the output in which it is made, by one run at a time: swapped in at the end, or thrown away."""
     partial = config.folder.with_name(f".{config.folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with locked_folder(partial):
+        try:
+            yield partial
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def _free_memory() -> None:
