@@ -13,6 +13,7 @@ from .version import Dataset, Lineage, Template
 FORMAT = "loraplex.receipt/1"
 RECEIPT = "receipt.json"
 RECEIPT_BYTES = 16 << 20
+CHAT_CHARACTERS = 1 << 16  # the longest in use are a fifth of it; every answer about a version carries its own
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,17 @@ def _lineage(body: dict[str, Any]) -> Lineage:
             prompt=_text("template.prompt", template.get("prompt")),
             completion=_text("template.completion", template.get("completion")),
             stop=tuple(_text("template.stop", one) or "" for one in stop),
+            form=_text("template.form", template.get("form")),
+            chat=_chat(template.get("chat")),
         ),
     )
+
+
+def _chat(value: object) -> str | None:
+    chat = _text("template.chat", value)
+    if chat is not None and len(chat) > CHAT_CHARACTERS:
+        raise ValueError(f"template.chat has {len(chat):,} characters, expected at most {CHAT_CHARACTERS:,}")
+    return chat
 
 
 def _count(key: str, value: object) -> int | None:

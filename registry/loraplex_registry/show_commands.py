@@ -55,6 +55,8 @@ def show(ref: str, style: str) -> None:
         "run": _run_line(version.lineage),
         "prompt": "unknown" if template.prompt is None else repr(template.prompt),
         "completion": "unknown" if template.completion is None else repr(template.completion),
+        "form": template.form or "unknown",
+        "chat template": "none" if template.chat is None else f"{len(template.chat):,} characters",
         "stop": ", ".join(map(repr, template.stop)) or "the end of the sequence",
         "pushed": f"{when(version)} by {version.created_by}",
         "message": version.message or "none",

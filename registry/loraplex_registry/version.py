@@ -18,11 +18,16 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Template:
-    """How the adapter wants to be asked: the prompt, what an answer is like, and the strings that end one."""
+    """How the adapter wants to be asked: the prompt, what an answer is like, and the strings that end one.
+
+    `form` is what its rows were (`messages`, `alpaca`, …); `chat` is the jinja text that writes a conversation.
+    """
 
     prompt: str | None = None
     completion: str | None = None
     stop: tuple[str, ...] = ()
+    form: str | None = None
+    chat: str | None = None
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from loraplex_registry.card import first_words
 from loraplex_registry.cli import cli
 from loraplex_registry.errors import CorruptBlob, InvalidAdapter, InvalidReference, UnknownVersion
 from loraplex_registry.registry import Registry
+from loraplex_registry.tables import lineage_of
 from loraplex_registry.version import Dataset, Lineage, Template
 
 from .conftest import Adapter, make_receipt, served
@@ -63,6 +64,24 @@ def test_a_version_tells_its_card_and_lineage(told):
     other = told.resolve("other")
     assert (other.description, other.lineage, told.card(other.digest)) == ("", Lineage(), None)
     assert told.versions("quotes-tagger") == told.search("first") == [version]
+
+
+def test_a_template_keeps_the_form_and_the_chat_template(registry, base, tmp_path):
+    told = {"form": "messages", "chat": "{{ messages }}", "stop": ["<|im_end|>"]}
+    registry.push("chat", Adapter().write(tmp_path / "chat", make_receipt(base, template=told)))
+    template = registry.resolve("chat").lineage.template
+    assert template == Template(form="messages", chat="{{ messages }}", stop=("<|im_end|>",))
+
+
+def test_a_template_from_before_there_were_forms_is_read():
+    row = {
+        "datasets": [],
+        "run": None,
+        "seed": 1,
+        "steps": 2,
+        "template": {"prompt": "a", "completion": None, "stop": []},
+    }
+    assert lineage_of(row).template == Template("a")
 
 
 @pytest.mark.parametrize(
@@ -137,6 +156,8 @@ def test_a_card_is_proven(told, store, tmp_path):
         ({"template": {"stop": "x"}}, "template.stop is 'x', expected a list of strings"),
         ({"template": {"stop": [1]}}, "template.stop is 1, expected a string"),
         ({"template": {"prompt": 1}}, "template.prompt is 1, expected a string"),
+        ({"template": {"form": 1}}, "template.form is 1, expected a string"),
+        ({"template": {"chat": "x" * 70_000}}, "template.chat has 70,000 characters, expected at most 65,536"),
         ({"data": {"train": {"path": 1}}}, "data.train.path is 1"),
         ({"data": [1]}, "receipt.json"),
     ],
