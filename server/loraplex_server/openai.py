@@ -7,19 +7,22 @@ users know; ``timeout`` is ours.
 
 import difflib
 import reprlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from math import inf
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
 from pydantic_core import from_json
 
+from loraplex_server.engine.detokenize import TokenTexts
 from loraplex_server.engine.errors import InvalidRequest
 from loraplex_server.engine.request import Request, SamplingParams, TokenScore
 
 MAX_PROMPTS = 64
 MAX_CHOICES = 16
 MAX_STOPS = 16
+MOST_TOKENS = 1_000_000  # of an answer that is given no limit of its own; the context has less
 # Fields of OpenAI's and vLLM's that are not honoured here; asking for them is an error, their neutral value is not.
 _NOT_YET: dict[str, tuple[Any, ...]] = {
     "suffix": (None, ""),
@@ -36,6 +39,7 @@ class _AtFirst(FailFast):
 
 
 T = TypeVar("T")
+Body = TypeVar("Body", bound="SamplingBody")
 Items = Annotated[list[T], _AtFirst()]
 
 
@@ -46,20 +50,17 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-class CompletionBody(BaseModel):
-    """The body of POST /v1/completions. A null field is one that was left out."""
+class SamplingBody(BaseModel):
+    """What completions of both kinds may say. A null field is one that was left out."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
-    prompt: str | Items[str] | Items[int] | Items[Items[int]]
     model: str | None = None
     adapter: str | None = None
-    max_tokens: int = 16
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
-    best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     stop: str | Items[str] = Field(default_factory=list)
     stop_token_ids: Items[int] = Field(default_factory=list)
     seed: int | None = None
@@ -69,29 +70,32 @@ class CompletionBody(BaseModel):
     min_tokens: int = 0
     ignore_eos: bool = False
     logit_bias: dict[str, float] = Field(default_factory=dict)
-    echo: bool = False
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: str | None = None
-    logprobs: int | None = None
     timeout: float | None = None
-    suffix: str | None = None
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
 
     @property
     def sequences(self) -> int:
         """How many answers are made of each prompt; the best ``n`` are given."""
-        return self.best_of or self.n
+        return self.n
 
     @property
-    def prompts(self) -> list[str] | list[list[int]]:
-        """Every prompt, as text or as token ids."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        if self.prompt and isinstance(self.prompt[0], int):
-            return [self.prompt]  # pyright: ignore[reportReturnType]
-        return self.prompt  # pyright: ignore[reportReturnType]
+    def most_tokens(self) -> int | None:
+        """Of an answer; None: what the context has room for."""
+        raise NotImplementedError
+
+    @property
+    def alternatives(self) -> int | None:
+        """How many are told of each token beside it; None: no scores are."""
+        raise NotImplementedError
+
+    @property
+    def echoes(self) -> bool:
+        """Whether an answer begins with its prompt."""
+        return False
 
     @property
     def params(self) -> SamplingParams:
@@ -104,8 +108,9 @@ class CompletionBody(BaseModel):
             bias = {int(token_id): value for token_id, value in self.logit_bias.items()}
         except ValueError as error:
             raise InvalidRequest("logit_bias has a key that is not a token id", "logit_bias") from error
+        ranked = self.alternatives is None and self.sequences > self.n
         return SamplingParams(
-            max_tokens=self.max_tokens,
+            max_tokens=MOST_TOKENS if self.most_tokens is None else self.most_tokens,
             temperature=self.temperature,
             top_p=self.top_p,
             top_k=self.top_k,
@@ -116,12 +121,53 @@ class CompletionBody(BaseModel):
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
             logit_bias=bias,
-            prompt_logprobs=self.logprobs if self.echo else None,
-            logprobs=0 if self.logprobs is None and self.sequences > self.n else self.logprobs,  # 0: to rank them
+            prompt_logprobs=self.alternatives if self.echoes else None,
+            logprobs=0 if ranked else self.alternatives,  # 0: to rank them
             repetition_penalty=self.repetition_penalty,
             min_tokens=self.min_tokens,
             ignore_eos=self.ignore_eos,
         )
+
+
+class CompletionBody(SamplingBody):
+    """The body of POST /v1/completions."""
+
+    prompt: str | Items[str] | Items[int] | Items[Items[int]] | None = None
+    inputs: dict[str, Any] | None = None
+    max_tokens: int = 16
+    best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    echo: bool = False
+    logprobs: int | None = None
+    suffix: str | None = None
+
+    @property
+    def sequences(self) -> int:
+        """How many answers are made of each prompt; the best ``n`` are given."""
+        return self.best_of or self.n
+
+    @property
+    def most_tokens(self) -> int | None:
+        """Of an answer."""
+        return self.max_tokens
+
+    @property
+    def alternatives(self) -> int | None:
+        """How many are told of each token beside it; None: no scores are."""
+        return self.logprobs
+
+    @property
+    def echoes(self) -> bool:
+        """Whether an answer begins with its prompt."""
+        return self.echo
+
+    @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        """Every prompt, as text or as token ids; none where inputs stand in its place."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if self.prompt and isinstance(self.prompt[0], int):
+            return [self.prompt]  # pyright: ignore[reportReturnType]
+        return self.prompt or []  # pyright: ignore[reportReturnType]
 
 
 class AdapterBody(BaseModel):
@@ -139,7 +185,7 @@ def parse_adapter(body: bytes) -> AdapterBody:
     Raises:
         InvalidRequest: as parse_completion, and for a path: what is served comes from the registry.
     """
-    data = _object(body, AdapterBody)
+    data = fields_of(body, AdapterBody)
     if "lora_path" in data:
         told = "lora_path names a file of the caller's, which this server does not read"
         raise InvalidRequest(
@@ -159,22 +205,52 @@ def parse_completion(body: bytes) -> CompletionBody:
     Raises:
         InvalidRequest: not a JSON object, an unknown field (the nearest is named), a wrong type, a value out of range.
     """
-    data = _object(body, CompletionBody)
-    for name, neutral in _NOT_YET.items():
-        if data.get(name) not in neutral:
-            raise InvalidRequest(f"{name} is {data[name]!r}, which this server does not support; leave it out", name)
-    if "prompt" not in data:
+    data = fields_of(body, CompletionBody)
+    if "prompt" not in data and "inputs" not in data:
         raise InvalidRequest("prompt is missing, expected a string, a list of strings or token ids", "prompt")
-    try:
-        parsed = CompletionBody.model_validate(data)
-    except ValidationError as error:
-        raise _first(error, data) from error
-    _check_sizes(parsed)
+    if "prompt" in data and "inputs" in data:
+        raise InvalidRequest("inputs is given, and prompt too; expected one of them", "inputs")
+    parsed = parse(CompletionBody, data, _NOT_YET)
+    if "prompt" in data and not parsed.prompts:
+        raise InvalidRequest("prompt is an empty list, expected at least one prompt", "prompt")
+    if len(parsed.prompts) > MAX_PROMPTS:
+        raise InvalidRequest(f"prompt holds {len(parsed.prompts)} prompts, expected at most {MAX_PROMPTS}", "prompt")
+    if parsed.sequences < parsed.n:
+        raise InvalidRequest(f"best_of is {parsed.best_of}, expected at least n, which is {parsed.n}", "best_of")
+    if parsed.sequences > parsed.n and parsed.stream:
+        told = f"best_of is {parsed.best_of} and n is {parsed.n}: the best are known at the end, so they"
+        raise InvalidRequest(f"{told} cannot be streamed; expected n or nothing", "best_of")
     return parsed
 
 
-def _object(body: bytes, known: type[BaseModel]) -> dict[str, Any]:
-    """The fields that are given, all of them known."""
+def parse(kind: type[Body], data: dict[str, Any], refused: Mapping[str, tuple[Any, ...]]) -> Body:
+    """The body that the fields make; of the ``refused`` ones only the values that change nothing are taken.
+
+    Raises:
+        InvalidRequest: see parse_completion.
+    """
+    for name, neutral in refused.items():
+        if data.get(name) not in neutral:
+            raise InvalidRequest(f"{name} is {data[name]!r}, which this server does not support; leave it out", name)
+    try:
+        parsed = kind.model_validate(data)
+    except ValidationError as error:
+        raise _first(error, data) from error
+    if parsed.timeout is not None and not 0 < parsed.timeout < inf:
+        raise InvalidRequest(f"timeout is {parsed.timeout!r}, expected seconds above 0", "timeout")
+    if len(parsed.params.stop) > MAX_STOPS:
+        raise InvalidRequest(f"stop holds {len(parsed.params.stop)} strings, expected at most {MAX_STOPS}", "stop")
+    if parsed.stream_options and not parsed.stream:
+        raise InvalidRequest("stream_options is given, but stream is false", "stream_options")
+    return parsed
+
+
+def fields_of(body: bytes, known: type[BaseModel]) -> dict[str, Any]:
+    """The fields that are given, all of them known.
+
+    Raises:
+        InvalidRequest: not a JSON object, or an unknown field.
+    """
     try:
         data = from_json(body)  # unlike json, it refuses half a surrogate pair, which no UTF-8 can carry
     except ValueError as error:
@@ -202,24 +278,6 @@ def _first(error: ValidationError, data: dict[str, Any]) -> InvalidRequest:
     return InvalidRequest(f"{name} is {shown}, expected {expected}", name)
 
 
-def _check_sizes(body: CompletionBody) -> None:
-    if not body.prompts:
-        raise InvalidRequest("prompt is an empty list, expected at least one prompt", "prompt")
-    if len(body.prompts) > MAX_PROMPTS:
-        raise InvalidRequest(f"prompt holds {len(body.prompts)} prompts, expected at most {MAX_PROMPTS}", "prompt")
-    if body.sequences < body.n:
-        raise InvalidRequest(f"best_of is {body.best_of}, expected at least n, which is {body.n}", "best_of")
-    if body.sequences > body.n and body.stream:
-        told = f"best_of is {body.best_of} and n is {body.n}: the best are known at the end, so they cannot be streamed"
-        raise InvalidRequest(f"{told}; expected n or nothing", "best_of")
-    if body.timeout is not None and not 0 < body.timeout < inf:
-        raise InvalidRequest(f"timeout is {body.timeout!r}, expected seconds above 0", "timeout")
-    if len(body.params.stop) > MAX_STOPS:
-        raise InvalidRequest(f"stop holds {len(body.params.stop)} strings, expected at most {MAX_STOPS}", "stop")
-    if body.stream_options and not body.stream:
-        raise InvalidRequest("stream_options is given, but stream is false", "stream_options")
-
-
 def error_body(message: str, kind: str, code: str, param: str | None = None) -> dict[str, Any]:
     """OpenAI's error object."""
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
@@ -230,7 +288,7 @@ def choice(index: int, text: str, finish_reason: str | None, scored: dict[str, A
     return {"index": index, "text": text, "logprobs": scored, "finish_reason": finish_reason}
 
 
-def logprobs(scores: Sequence[TokenScore], offsets: Sequence[int], text_of: Callable[[int], str]) -> dict[str, Any]:
+def logprobs(scores: Sequence[TokenScore], offsets: Sequence[int], text_of: TokenTexts) -> dict[str, Any]:
     """``logprobs`` of a choice: four lists, an entry a token."""
     return {
         "tokens": [text_of(score.token_id) for score in scores],
@@ -263,9 +321,25 @@ def usage(requests: list[Request], sequences: int) -> dict[str, Any]:
     }
 
 
-def completion(
-    head: dict[str, Any], choices: list[dict[str, Any]], counted: dict[str, Any] | None = None
+def envelope(
+    kind: str, head: dict[str, Any], choices: list[dict[str, Any]], counted: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """An answer or a chunk: ``head`` has id, created, model and adapter."""
-    body: dict[str, Literal["text_completion"] | Any] = {"object": "text_completion", **head, "choices": choices}
+    """An answer or a chunk, as its ``object`` says: ``head`` has id, created, model and adapter."""
+    body = {"object": kind, **head, "choices": choices}
     return body if counted is None else {**body, "usage": counted}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How the answers of one endpoint look. A choice is made of index, text, finish_reason and scores."""
+
+    id_prefix: str
+    whole: str  # the ``object`` of an answer
+    chunk: str  # and of an event
+    choice: Callable[[int, str, str | None, dict[str, Any] | None], dict[str, Any]]
+    piece: Callable[[int, str, str | None, dict[str, Any] | None], dict[str, Any]]  # of an event
+    logprobs: Callable[[Sequence[TokenScore], Sequence[int], TokenTexts], dict[str, Any]]
+    opening: Callable[[int], dict[str, Any]] | None = None  # the choice of each answer's first event
+
+
+COMPLETION = Shape("cmpl", "text_completion", "text_completion", choice, choice, logprobs)

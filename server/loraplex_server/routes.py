@@ -15,16 +15,17 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from loraplex_registry.version import Version
+from loraplex_server.chat import CHAT, ChatBody, parse_chat
 from loraplex_server.engine.engine import Delta
 from loraplex_server.engine.errors import InvalidRequest
 from loraplex_server.engine.request import Request
 from loraplex_server.metrics import CONTENT_TYPE, UNKNOWN
 from loraplex_server.openai import (
+    COMPLETION,
     AdapterBody,
     CompletionBody,
-    choice,
-    completion,
-    logprobs,
+    Shape,
+    envelope,
     parse_adapter,
     parse_completion,
     usage,
@@ -33,19 +34,29 @@ from loraplex_server.problems import TooLarge, problem
 from loraplex_server.service import Answer, Job, Service
 
 T = TypeVar("T")
+AnyBody = CompletionBody | ChatBody
 
 
 async def completions(http: HttpRequest) -> Response:
     """POST /v1/completions."""
+    return await _answered(http, parse_completion, COMPLETION)
+
+
+async def chat_completions(http: HttpRequest) -> Response:
+    """POST /v1/chat/completions."""
+    return await _answered(http, parse_chat, CHAT)
+
+
+async def _answered(http: HttpRequest, parse: Callable[[bytes], AnyBody], shape: Shape) -> Response:
     service: Service = http.app.state.service
     label, param, version, arrived_at = UNKNOWN, None, None, monotonic()
     try:
-        body = parse_completion(await _read(http))
+        body = parse(await _read(http))
         param = "adapter" if body.adapter is not None else "model"
         version = None if service.wants_base(body) else await _from_registry(service, service.resolve, body)
         label = version.name if version else "base"
-        job = await run_in_threadpool(service.job, body, version, arrived_at)
-        answer = await (_streamed if body.stream else _whole)(service, job, body, http)
+        job = await run_in_threadpool(service.job, body, version, arrived_at, shape.id_prefix)
+        answer = await (_streamed if body.stream else _whole)(service, job, body, shape, http)
     except ClientDisconnect:
         return Response(status_code=499)  # nobody reads it: the client closed the connection
     except Exception as error:
@@ -58,7 +69,7 @@ async def completions(http: HttpRequest) -> Response:
     return answer
 
 
-async def _whole(service: Service, job: Job, body: CompletionBody, http: HttpRequest) -> Response:
+async def _whole(service: Service, job: Job, body: AnyBody, shape: Shape, http: HttpRequest) -> Response:
     """Wait for every sequence."""
     answers = {request.id: Answer() for request in job.requests}
 
@@ -70,37 +81,37 @@ async def _whole(service: Service, job: Job, body: CompletionBody, http: HttpReq
     def told(index: int, request: Request) -> dict[str, Any]:
         answer, prompt = answers[request.id], service.prompt(job, request)
         text, scored = prompt.text + answer.text, None
-        if body.logprobs is not None:
+        if body.alternatives is not None:
             offsets = [*prompt.offsets, *(len(prompt.text) + offset for offset in answer.offsets)]
-            scored = logprobs([*prompt.scores, *answer.scores], offsets, service.token_texts)
-        return choice(index, text, request.finish_reason, scored)
+            scored = shape.logprobs([*prompt.scores, *answer.scores], offsets, service.token_texts)
+        return shape.choice(index, text, request.finish_reason, scored)
 
-    def shape() -> Response:
+    def shaped() -> Response:
         choices = [told(i, request) for i, request in enumerate(job.best(answers))]
-        return JSONResponse(completion(_head(job), choices, usage(job.requests, job.sequences)))
+        return JSONResponse(envelope(shape.whole, _head(job), choices, usage(job.requests, job.sequences)))
 
     await _heard(http, collect())
     # A name costs 10 µs the first time, and a long prompt has thousands of alternatives: not on the event loop.
-    return shape() if body.logprobs is None else await run_in_threadpool(shape)
+    return shaped() if body.alternatives is None else await run_in_threadpool(shaped)
 
 
-async def _streamed(service: Service, job: Job, body: CompletionBody, http: HttpRequest) -> Response:
+async def _streamed(service: Service, job: Job, body: AnyBody, shape: Shape, http: HttpRequest) -> Response:
     """Server-sent events. The first delta is awaited here, so that what fails at once gets a status of its own."""
     deltas = service.run(job)
     first = await _heard(http, anext(deltas))
-    return StreamingResponse(_events(service, job, body, first, deltas), media_type="text/event-stream")
+    return StreamingResponse(_events(service, job, body, shape, first, deltas), media_type="text/event-stream")
 
 
 async def _events(
-    service: Service, job: Job, body: CompletionBody, first: Delta, deltas: AsyncGenerator[Delta]
+    service: Service, job: Job, body: AnyBody, shape: Shape, first: Delta, deltas: AsyncGenerator[Delta]
 ) -> AsyncIterator[str]:
     head, index = _head(job), {request.id: i for i, request in enumerate(job.requests)}
     prompts: dict[str, Answer] = {}  # by request: what was told of its prompt
 
     def event(request: Request, said: Answer, before: int, finish_reason: str | None = None) -> str:
         offsets = [before + offset for offset in said.offsets]
-        scored = None if body.logprobs is None else logprobs(said.scores, offsets, service.token_texts)
-        return _event(completion(head, [choice(index[request.id], said.text, finish_reason, scored)]))
+        scored = None if body.alternatives is None else shape.logprobs(said.scores, offsets, service.token_texts)
+        return _event(envelope(shape.chunk, head, [shape.piece(index[request.id], said.text, finish_reason, scored)]))
 
     try:
         async with aclosing(_chain(first, deltas)) as every:
@@ -108,7 +119,9 @@ async def _events(
                 request = delta.request
                 if request.id not in prompts:
                     prompts[request.id] = service.prompt(job, request)
-                    if body.echo:
+                    if shape.opening:
+                        yield _event(envelope(shape.chunk, head, [shape.opening(index[request.id])]))
+                    if body.echoes:
                         yield await run_in_threadpool(event, request, prompts[request.id], 0)
                 if delta.text or delta.finished or delta.score:
                     said = Answer()
@@ -120,7 +133,7 @@ async def _events(
         yield _event(found.body)
         return
     if body.stream_options and body.stream_options.include_usage:
-        yield _event(completion(head, [], usage(job.requests, job.sequences)))
+        yield _event(envelope(shape.chunk, head, [], usage(job.requests, job.sequences)))
     yield "data: [DONE]\n\n"
 
 
@@ -269,6 +282,7 @@ async def routing(http: HttpRequest) -> Response:
 
 ROUTES = [
     Route("/v1/completions", completions, methods=["POST"]),
+    Route("/v1/chat/completions", chat_completions, methods=["POST"]),
     Route("/v1/load_lora_adapter", load_adapter, methods=["POST"]),
     Route("/v1/unload_lora_adapter", unload_adapter, methods=["POST"]),
     Route("/v1/models", models),

@@ -7,7 +7,7 @@ import asyncio
 import difflib
 import time
 from collections.abc import AsyncGenerator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import mean
 from typing import Any
 from uuid import uuid4
@@ -15,20 +15,31 @@ from uuid import uuid4
 from anyio import CapacityLimiter
 
 from loraplex_registry.errors import UnknownAdapter
-from loraplex_registry.version import Version
+from loraplex_registry.version import Template, Version
+from loraplex_server.chat import ChatBody
 from loraplex_server.engine.detokenize import TokenTexts, text_offsets
 from loraplex_server.engine.engine import Delta, Engine
 from loraplex_server.engine.errors import InvalidRequest
-from loraplex_server.engine.request import FinishReason, Request, TokenScore
+from loraplex_server.engine.rendering import chat_prompt, columns_prompt, ends_of, text_ids
+from loraplex_server.engine.request import FinishReason, Request, SamplingParams, TokenScore
 from loraplex_server.known import KnownVersions
 from loraplex_server.loop import EngineLoop
 from loraplex_server.metrics import BASE, Metrics, ServedVersion, Snapshot
-from loraplex_server.openai import CompletionBody
+from loraplex_server.openai import CompletionBody, SamplingBody
 from loraplex_server.watch import RegistrySource, RegistryWatch
 
 _LOAD_POLL_SECONDS = 0.02
 KNOWN_VERSIONS = 1024  # resolved last, beside those in memory: names for metrics, and whose new versions to fetch
 REGISTRY_THREADS = 32  # apart from all others, so that a registry that hangs holds up its own callers alone
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What one prompt feeds the model: its ids, the text a caller wrote, and what the template ends answers with."""
+
+    ids: list[int]
+    text: str | None = None
+    ends: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -108,11 +119,11 @@ class Service:
         self._known = KnownVersions(most, lambda: self.engine.residency.in_host)
         metrics.observe_state(self.snapshot)
 
-    def wants_base(self, body: CompletionBody) -> bool:
+    def wants_base(self, body: SamplingBody) -> bool:
         """Whether a body asks for the base alone, which needs no registry."""
         return body.adapter is None and body.model in (None, self.base.id)
 
-    def resolve(self, body: CompletionBody) -> Version:
+    def resolve(self, body: SamplingBody) -> Version:
         """The adapter version a body asks for. Called off the event loop.
 
         Raises:
@@ -130,37 +141,65 @@ class Service:
         assert body.model is not None  # else it wants the base
         return self._remember(self._resolve_model(body.model))
 
-    def job(self, body: CompletionBody, version: Version | None, arrived_at: float) -> Job:
+    def job(
+        self, body: CompletionBody | ChatBody, version: Version | None, arrived_at: float, id_prefix: str = "cmpl"
+    ) -> Job:
         """Make the requests of a completion that arrived at a time (seconds, monotonic).
 
         Raises:
-            InvalidRequest: a parameter is out of range, or the prompt cannot be served.
+            InvalidRequest: a parameter is out of range, or the prompt cannot be rendered or served.
         """
-        job_id, each = f"cmpl-{uuid4().hex}", body.sequences
+        job_id, each = f"{id_prefix}-{uuid4().hex}", body.sequences
         digest = version.digest if version else None
         weight = self.weights.get(version.name if version else BASE, 1.0)
-        total, most = len(body.prompts) * each, self.engine.config.max_waiting
+        asked = self._asked(body, version.lineage.template if version else Template())
+        total, most = len(asked) * each, self.engine.config.max_waiting
         if total > most:
-            asked = f"{len(body.prompts)} prompts with n {body.n}" + (f", best_of {each}" if each > body.n else "")
+            told = f"{len(asked)} prompts with n {body.n}" + (f", best_of {each}" if each > body.n else "")
             raise InvalidRequest(
-                f"the request asks for {total} answers ({asked}), expected at most {most}",
+                f"the request asks for {total} answers ({told}), expected at most {most}",
                 "n" if body.n > 1 else "best_of" if each > 1 else "prompt",
             )
         requests, texts, offsets, tokenizer = [], [], [], self.base.tokenizer
-        for at, prompt in enumerate(body.prompts):
-            ids = tokenizer(prompt).input_ids if isinstance(prompt, str) else list(prompt)
+        for at, prompt in enumerate(asked):
             for i in range(each):
                 params = body.params if body.seed is None else body.model_copy(update={"seed": body.seed + i}).params
-                request = Request(f"{job_id}-{at * each + i}", list(ids), params, digest, arrived_at, weight=weight)
+                params = self._completed(params, prompt, body.most_tokens)
+                request = Request(
+                    f"{job_id}-{at * each + i}", list(prompt.ids), params, digest, arrived_at, weight=weight
+                )
                 self.engine.check(request)
                 requests.append(request)
-            if body.echo:
-                texts.append(prompt if isinstance(prompt, str) else tokenizer.decode(ids, skip_special_tokens=True))
-                offsets.append(text_offsets(tokenizer, ids) if body.logprobs is not None else [])
+            if body.echoes:
+                text = prompt.text
+                texts.append(tokenizer.decode(prompt.ids, skip_special_tokens=True) if text is None else text)
+                offsets.append(text_offsets(tokenizer, prompt.ids) if body.alternatives is not None else [])
         limits = [seconds for seconds in (body.timeout, self.request_timeout) if seconds]
         deadline = arrived_at + min(limits) if limits else None
         model = body.model or body.adapter or self.base.id
         return Job(job_id, int(time.time()), model, version, requests, each, body.n, texts, offsets, deadline)
+
+    def _asked(self, body: CompletionBody | ChatBody, template: Template) -> list[Prompt]:
+        """The prompts of a body, rendered as the adapter's template says where the body leaves that to it."""
+        tokenizer = self.base.tokenizer
+        if isinstance(body, ChatBody):
+            return [Prompt(chat_prompt(tokenizer, template, body.conversation), ends=template.stop)]
+        if body.inputs is not None:
+            return [Prompt(columns_prompt(tokenizer, template, body.inputs), ends=template.stop)]
+        return [
+            Prompt(text_ids(tokenizer, prompt), prompt) if isinstance(prompt, str) else Prompt(prompt)
+            for prompt in body.prompts
+        ]
+
+    def _completed(self, params: SamplingParams, prompt: Prompt, most_tokens: int | None) -> SamplingParams:
+        """The parameters with the ends that the template wants, and as many tokens as there is room for."""
+        if most_tokens is None:
+            room = min(self.engine.max_tokens, self.engine.pages.pages * self.engine.pages.page_tokens)
+            params = replace(params, max_tokens=max(1, room - len(prompt.ids)))
+        if not prompt.ends:
+            return params
+        stop, stop_token_ids = ends_of(self.base.tokenizer, prompt.ends)
+        return replace(params, stop=params.stop + stop, stop_token_ids=params.stop_token_ids + stop_token_ids)
 
     def prompt(self, job: Job, request: Request) -> Answer:
         """What an answer to a request says of its prompt: nothing, its text, or its text and scores."""

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from loraplex_server.__main__ import serve
+from loraplex_server.chat import ChatBody
 from loraplex_server.openai import CompletionBody
 from loraplex_server.routes import ROUTES
 
@@ -20,7 +21,7 @@ def test_every_option_and_its_default_is_documented():
 
 
 def test_every_field_is_documented():
-    for field in CompletionBody.model_fields:
+    for field in CompletionBody.model_fields.keys() | ChatBody.model_fields.keys():
         assert re.search(rf"^\|.*`{field}[`.]", PAGE, re.MULTILINE), field
 
 

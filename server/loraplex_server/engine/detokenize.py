@@ -92,6 +92,11 @@ class TokenTexts:
             self._known[token_id] = text
         return self._known[token_id]
 
+    def bytes_of(self, token_id: int) -> list[int] | None:
+        """The text of a token in UTF-8; None of a token that is no whole text."""
+        text = self._decode([*self._before, token_id])[self._skipped :]
+        return None if _BROKEN in text else list(text.encode())
+
     def _decode(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 

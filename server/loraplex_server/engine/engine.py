@@ -30,6 +30,7 @@ from loraplex_server.engine.errors import AdapterRefused, BaseUnusable, BrokenLo
 from loraplex_server.engine.kv_cache import KVPages
 from loraplex_server.engine.lora import Routing
 from loraplex_server.engine.model import Base
+from loraplex_server.engine.rendering import text_ids
 from loraplex_server.engine.request import FinishReason, Request, SamplingParams, TokenScore
 from loraplex_server.engine.runner import make_runner
 from loraplex_server.engine.sampler import BROKEN, Sampler
@@ -233,18 +234,18 @@ class Engine:
 
     def generate(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[str | Sequence[int]],
         params: SamplingParams,
         adapter: str | Sequence[str | None] | None = None,
     ) -> list[Completion]:
-        """Answer prompts and wait for all of them; ``adapter`` is one for all, or one for each.
+        """Answer prompts, as text or as token ids, and wait for all; ``adapter`` is one for all, or one for each.
 
         Raises:
             Exception: what the first failing request failed with.
         """
         adapters = [adapter] * len(prompts) if adapter is None or isinstance(adapter, str) else list(adapter)
         requests = [
-            Request(f"generate-{next(self._ids)}", self.base.tokenizer(prompt).input_ids, params, key, monotonic())
+            Request(f"generate-{next(self._ids)}", self._prompt_ids(prompt), params, key, monotonic())
             for prompt, key in zip(prompts, adapters, strict=True)
         ]
         todo, texts = list(reversed(requests)), {request.id: "" for request in requests}
@@ -256,6 +257,9 @@ class Engine:
                 if delta.request.error:
                     raise delta.request.error
         return [Completion(texts[r.id], r.output_ids, r.finish_reason or FinishReason.ERROR) for r in requests]
+
+    def _prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
+        return text_ids(self.base.tokenizer, prompt) if isinstance(prompt, str) else list(prompt)
 
     def _shares(self) -> tuple[float, float]:
         """What adapters may take: how much of a core's time on their way to the host, and how many seconds of this step
