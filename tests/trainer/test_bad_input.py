@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoTokenizer
 
+from loraplex_server.engine.model import load_base
 from loraplex_trainer.config import load_config
 from loraplex_trainer.data import encode_split, epoch_order, read_split
+from loraplex_trainer.encoding import encoder_for
 from loraplex_trainer.errors import OutOfMemory
 
 SPACE = ["unshare", "--map-root-user", "--mount"]
@@ -28,8 +29,8 @@ def test_a_loss_that_is_not_finite_names_its_batch(write_run, train, settings):
     step = int(result.stderr.split(" at step ")[1].split(",")[0])
     named = [int(number) for number in result.stderr.split("number ")[1].split(" of those")[0].split(", ")]
     config = load_config(path)
-    tokenizer = AutoTokenizer.from_pretrained(config.base.model)
-    examples = encode_split(read_split(config.data.train, config.data), tokenizer, 1, 128).examples
+    encoder = encoder_for(load_base(**config.base.load_options), config.data)
+    examples = encode_split(read_split(config.data.train, config.data), encoder).examples
     epoch, place = divmod(step - 1, 6)
     order = epoch_order([len(example.ids) for example in examples], 8, config.training.seed, epoch)
     assert named == sorted(index + 1 for index in order[place])

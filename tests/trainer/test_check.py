@@ -18,7 +18,8 @@ from loraplex_server.engine.model import load_base
 from loraplex_trainer.adapter import attach_adapter
 from loraplex_trainer.check import check, rendered
 from loraplex_trainer.config import RunConfig, load_config
-from loraplex_trainer.data import Example, encode_split, read_split
+from loraplex_trainer.data import encode_split, read_split
+from loraplex_trainer.encoding import Example, encoder_for
 from loraplex_trainer.loop import Loop
 from loraplex_trainer.memory import MemoryEstimate, base_bytes, empty_base, estimate_memory
 
@@ -28,7 +29,7 @@ NF4 = {"base__quantization": "nf4", "base__dtype": "bfloat16"}
 def estimated(config: RunConfig) -> tuple[MemoryEstimate, tuple[Example, ...]]:
     base = empty_base(config.base)
     split = read_split(config.data.train, config.data)
-    examples = encode_split(split, base.tokenizer, 1, config.data.max_tokens).examples
+    examples = encode_split(split, encoder_for(base, config.data)).examples
     loaded = base_bytes(base.model, config.base.quantization)
     return estimate_memory(attach_adapter(base, config.lora), loaded, examples, config.training), examples
 
@@ -45,7 +46,7 @@ def test_it_tells_what_the_run_will_do_and_writes_nothing(write_run, train, rece
     train(run)
     data = receipt()["data"]["train"]
     assert f"{data['examples']} examples, {data['tokens']:,} tokens, loss on {data['answer_tokens']:,};" in report
-    assert "0 truncated, 0 left out" in report and "heldout" in report
+    assert "0 truncated by 0 tokens, 0 of 0 tokens left out" in report and "heldout" in report
     assert f"steps: {receipt()['steps']} of 8 × 1 examples, 6 to an epoch" in report
     weights = load_file(tmp_path / "adapters/tagger/adapter_model.safetensors")
     parameters, size = sum(t.numel() for t in weights.values()), sum(t.nbytes for t in weights.values())
@@ -59,7 +60,8 @@ def test_the_examples_show_where_the_loss_is(write_run, train, settings):
     assert f"example 1: {row['quote']} ->:[ {', '.join(row['tags'])}</s>]" in report
     config = load_config(write_run())
     base = empty_base(config.base)
-    (example, *_) = encode_split(read_split(config.data.train, config.data), base.tokenizer, 1, 128).examples
+    split = read_split(config.data.train, config.data)
+    (example, *_) = encode_split(split, encoder_for(base, config.data)).examples
     coloured = rendered(1, example, base.tokenizer, colour=True)
     green = [coloured.plain[span.start : span.end] for span in coloured.spans if span.style == "green"]
     assert green == [f" {', '.join(row['tags'])}</s>"] and "[" not in coloured.plain
@@ -71,7 +73,7 @@ def test_truncated_and_dropped_examples_are_counted(write_run, train, receipt):
     train(run)
     data = receipt()["data"]["train"]
     assert data["truncated"] > 0
-    assert f"{data['truncated']} truncated, {data['dropped']} left out" in report
+    assert f"{data['truncated']} truncated by {data['cut_tokens']} tokens, {data['dropped']} of " in report
 
 
 def test_the_time_comes_from_real_steps(write_run, train, tmp_path):

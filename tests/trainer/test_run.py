@@ -169,7 +169,7 @@ def test_the_receipt_says_what_the_adapter_was_made_of(write_run, train, receipt
     for name, digest in written["files"].items():
         assert digest == "sha256:" + hashlib.sha256((folder / name).read_bytes()).hexdigest()
     assert written["files"].keys() == {"adapter_config.json", "adapter_model.safetensors"}
-    assert written["template"] == {"prompt": "{quote} ->:", "completion": " {tags}"}
+    assert written["template"] == {"form": "prompt_completion", "prompt": "{quote} ->:", "completion": " {tags}"}
     assert written["versions"]["torch"] == torch.__version__ and written["versions"]["bitsandbytes"]
     assert written["losses"]["train_last"] < written["losses"]["train_first"]
     assert written["losses"]["heldout"] > 0 and written["parent"] is None and written["metrics"] == {}

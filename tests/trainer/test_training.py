@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from loraplex_registry.registry import Registry
 from loraplex_server.engine.model import load_base
 from loraplex_trainer.adapter import attach_adapter, load_weights, trainable_parameters
 from loraplex_trainer.config import load_config
 from loraplex_trainer.data import Example, encode_split, make_batch, read_split
+from loraplex_trainer.encoding import encoder_for
 from loraplex_trainer.errors import ConfigError
 from loraplex_trainer.loop import Loop, loss_sum, mean_loss
 from loraplex_trainer.schedule import scheduled_rate
@@ -48,8 +49,8 @@ def test_the_first_loss_is_the_base_models_loss_on_the_answers(write_run, train,
     path = write_run(training={"max_steps": 1, "batch_size": 16, "accumulation_steps": 3})
     train(path)
     config = load_config(path)
-    tokenizer = AutoTokenizer.from_pretrained(base_folder)
-    examples = encode_split(read_split(config.data.train, config.data), tokenizer, EOS, 128).examples
+    encoder = encoder_for(load_base(**config.base.load_options), config.data)
+    examples = encode_split(read_split(config.data.train, config.data), encoder).examples
     assert receipt()["losses"]["train_first"] == pytest.approx(reference_loss(base_folder, list(examples)), abs=1e-5)
 
 
@@ -96,7 +97,7 @@ class TestFourBitBase:
         config = load_config(write_run(base__quantization="nf4", base__dtype="bfloat16"))
         base = load_base(**config.base.load_options)
         split = read_split(config.data.train, config.data)
-        examples = encode_split(split, base.tokenizer, EOS, 128).examples
+        examples = encode_split(split, encoder_for(base, config.data)).examples
         torch.manual_seed(0)
         return Loop(attach_adapter(base, config.lora), examples, config, pad_id=EOS)
 

@@ -19,12 +19,15 @@ from transformers import PreTrainedTokenizerBase
 from loraplex_server.engine.model import load_base
 from loraplex_trainer.adapter import adapter_weights, attach_adapter, load_weights, trainable_parameters
 from loraplex_trainer.config import RunConfig
-from loraplex_trainer.data import Encoded, Example, read_split, steps_in_epoch
+from loraplex_trainer.data import Encoded, read_splits, steps_in_epoch
+from loraplex_trainer.encoding import Example, encoder_for
+from loraplex_trainer.fast import use_kernels
 from loraplex_trainer.loop import Loop
 from loraplex_trainer.memory import MemoryEstimate, base_bytes, empty_base, estimate_memory
+from loraplex_trainer.packing import prepare_packing
 from loraplex_trainer.parent import find_parent
 from loraplex_trainer.progress import duration, say
-from loraplex_trainer.run import encode_splits
+from loraplex_trainer.run import encode_splits, rows_of, say_what_is_the_same
 from loraplex_trainer.schedule import count_steps
 from loraplex_trainer.tracking import check_packages
 
@@ -36,15 +39,13 @@ TIMED_STEPS = 2
 def check(config: RunConfig, console: Console, *, timing: bool) -> None:
     """Prints the report. Raises what `train` would raise before its first step: TrainerError and EngineError."""
     check_packages(config)
-    splits = {"train": read_split(config.data.train, config.data)}
-    if config.data.heldout is not None:
-        splits["heldout"] = read_split(config.data.heldout, config.data)
+    splits = read_splits(config.data)
+    say_what_is_the_same(splits, config.data.on_leak, console)
     base = empty_base(config.base)
-    encoded = encode_splits(config, splits, base, console)
+    encoded = encode_splits(config, splits, base, encoder_for(base, config.data), console)
     for name, split in splits.items():
         say(console, f"{name}: {split.path}: {_counts(encoded[name])}")
-    examples = encoded["train"].examples
-    for number, example in enumerate(examples[:SHOWN_EXAMPLES], start=1):
+    for number, example in enumerate(encoded["train"].examples[:SHOWN_EXAMPLES], start=1):
         console.print(rendered(number, example, base.tokenizer, colour=console.is_terminal), soft_wrap=True)
     loaded = base_bytes(base.model, config.base.quantization)
     model = attach_adapter(base, config.lora)
@@ -55,10 +56,12 @@ def check(config: RunConfig, console: Console, *, timing: bool) -> None:
                 load_weights(model, parent.folder)
             say(console, f"continues: {parent.name}, {parent.digest}")
     say(console, _adapter(model))
+    examples = rows_of(encoded["train"], config)
     for line in _memory(estimate_memory(model, loaded, examples, config.training), config):
         say(console, line)
     per_epoch = steps_in_epoch(len(examples), config.examples_per_step)
-    size = f"{config.training.batch_size} × {config.training.accumulation_steps} examples"
+    rows = "packed rows" if config.data.packing else "examples"
+    size = f"{config.training.batch_size} × {config.training.accumulation_steps} {rows}"
     say(console, f"steps: {count_steps(config.training, per_epoch)} of {size}, {per_epoch} to an epoch")
     if timing:
         seconds, tokens_per_second = _timed(config, encoded["train"])
@@ -78,14 +81,19 @@ def rendered(number: int, example: Example, tokenizer: PreTrainedTokenizerBase, 
 
 def _parts(example: Example, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, bool]]:
     """Stretches of text in their order, and whether the loss is on them."""
-    for ids, learnt in ((example.ids[: example.answer_start], False), (example.ids[example.answer_start :], True)):
-        yield str(tokenizer.decode(list(ids))).replace("\n", "⏎"), learnt
+    at = 0
+    for start, stop in (*example.trained, (len(example.ids), len(example.ids))):
+        for ids, learnt in ((example.ids[at:start], False), (example.ids[start:stop], True)):
+            if ids:
+                yield str(tokenizer.decode(list(ids))).replace("\n", "⏎"), learnt
+        at = stop
 
 
 def _counts(encoded: Encoded) -> str:
     return (
         f"{len(encoded.examples)} examples, {encoded.tokens:,} tokens, loss on {encoded.answer_tokens:,}; "
-        f"{encoded.truncated} truncated, {encoded.dropped} left out"
+        f"{encoded.truncated} truncated by {encoded.cut_tokens} tokens, {encoded.dropped} of {encoded.dropped_tokens} "
+        f"tokens left out"
     )
 
 
@@ -121,7 +129,12 @@ def _timed(config: RunConfig, train: Encoded) -> tuple[float, float]:
     base = load_base(**config.base.load_options)
     torch.manual_seed(config.training.seed)
     pad_id = pad if isinstance(pad := base.tokenizer.pad_token_id, int) else 0
-    loop = Loop(attach_adapter(base, config.lora), train.examples, config, pad_id)
+    model = attach_adapter(base, config.lora)
+    if config.training.kernels:
+        use_kernels(model)
+    if config.data.packing:
+        prepare_packing(model)
+    loop = Loop(model, rows_of(train, config), config, pad_id)
     total_steps, loop.total_steps = loop.total_steps, 1 + TIMED_STEPS
     marks: list[tuple[float, int]] = []
 

@@ -1,57 +1,154 @@
-"""Examples: from a jsonl file, through the two templates, to token ids with the loss on the completion only.
+"""Splits: rows read and rendered, held-out ones set aside, duplicates and leaks counted; encoded, batched, ordered.
 
-Knows no model. Reading and rendering need no tokenizer, so their mistakes are found before a base is loaded.
+Knows no model. Reading needs no tokenizer, so its mistakes are found before a base is loaded.
 """
 
-import difflib
-import hashlib
-import json
 import math
-import string
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
-from loraplex_server.engine.model import Base
-from loraplex_trainer.config import DataSection
+from loraplex_trainer.config import DataSection, SourceSection
+from loraplex_trainer.encoding import Encoder, Example, template_file
 from loraplex_trainer.errors import DataError
+from loraplex_trainer.forms import Sample, sample_of, trained_roles
+from loraplex_trainer.packing import packed_positions
+from loraplex_trainer.sources import Source, digest_of, read_source
 
 IGNORED = -100  # the label that cross_entropy leaves out
+_SHARES = 10_000  # a share is taken of so many parts: a hundredth of a percent
 
 
 @dataclass(frozen=True)
 class Split:
-    """One jsonl file, rendered: what the model is asked, and what it should answer."""
+    """Samples to train on, or to hold out, and their sources. `leaks` training samples are held out too, or were."""
 
-    path: Path
-    sha256: str
-    prompts: tuple[str, ...]
-    completions: tuple[str, ...]
+    sources: tuple[Source, ...]
+    samples: tuple[Sample, ...]
+    leaks: int = 0
 
+    @cached_property
+    def duplicates(self) -> int:
+        """How many samples are the same as one before."""
+        return len(self.samples) - len({sample.digest for sample in self.samples})
 
-@dataclass(frozen=True)
-class Example:
-    """Token ids of prompt, completion and EOS; the loss is on the ids from `answer_start` on, EOS included."""
-
-    ids: tuple[int, ...]
-    answer_start: int
+    @cached_property
+    def sha256(self) -> str:
+        """Of the file, where the split is one whole file; else of the samples."""
+        if len(self.sources) == 1 and not self.sources[0].split and self.sources[0].rows == len(self.samples):
+            return self.sources[0].sha256
+        return "sha256:" + digest_of([sample.turns for sample in self.samples])
 
     @property
-    def answer_tokens(self) -> int:
-        return len(self.ids) - self.answer_start
+    def path(self) -> str:
+        return ", ".join(source.path for source in self.sources)
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """Of rows with a prompt and a completion."""
+        return tuple(sample.turns[0][1] for sample in self.samples)
+
+    @property
+    def completions(self) -> tuple[str, ...]:
+        """Of rows with a prompt and a completion."""
+        return tuple(sample.turns[-1][1] for sample in self.samples)
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What the receipt says of it before any token: each source, and what is the same as something else."""
+        return {
+            "path": self.path,
+            "sha256": self.sha256,
+            "sources": [source.record for source in self.sources],
+            "duplicates": self.duplicates,
+            "leaks": self.leaks,
+        }
+
+
+def read_splits(data: DataSection) -> dict[str, Split]:
+    """`train`, and `heldout` where there is one. Raises DataError, naming file and row."""
+    template_file(data)  # a file that is not there is told before the rows are read
+    train = read_split(data.train, data)
+    match data.heldout:
+        case None:
+            return {"train": train}
+        case int() | str() as wanted:
+            train, heldout = _held_out(train, wanted)
+        case sources:
+            heldout = read_split(sources, data)
+    return dict(zip(("train", "heldout"), _without_leaks(train, heldout, data.on_leak), strict=True))
+
+
+def read_split(sources: Any, data: DataSection) -> Split:
+    """Reads and renders one source or several; raises DataError naming file and row."""
+    several = sources if isinstance(sources, tuple | list) else (sources,)
+    read = [read_source(one if isinstance(one, SourceSection) else SourceSection(path=str(one))) for one in several]
+    samples = tuple(sample_of(row, data) for _, rows in read for row in rows)
+    split = Split(tuple(source for source, _ in read), samples)
+    if not samples:
+        raise DataError(f"{split.path}: no examples in this file")
+    roles = trained_roles(data)
+    if not any(text.strip() for sample in samples for role, text in sample.turns if role in roles):
+        raise DataError(f"{split.path}: {_nothing_to_learn(data)} in every row: no loss is left")
+    return split
+
+
+def _nothing_to_learn(data: DataSection) -> str:
+    if data.form == "prompt_completion":
+        return f"the template {data.completion!r} gives an empty completion"
+    return f"no text of {' or '.join(sorted(trained_roles(data)))}"
+
+
+def _held_out(train: Split, wanted: int | str) -> tuple[Split, Split]:
+    """Divides one split by the digests of its samples: rows that are added or moved change no other row's side.
+
+    A share takes the digests up to that part of all there can be, a count the lowest ones there are.
+    """
+    if isinstance(wanted, str):
+        parts = round(float(wanted.removesuffix("%")) / 100 * _SHARES)
+        limit = f"{16**16 * parts // _SHARES:016x}"
+    else:
+        limit = sorted(sample.digest for sample in train.samples)[:wanted][-1]
+    kept = tuple(sample for sample in train.samples if sample.digest > limit)
+    held = tuple(sample for sample in train.samples if sample.digest <= limit)
+    if not kept or not held:
+        told = f"of {len(train.samples)} examples it holds out {len(held)}; some must be held out, and some left"
+        raise DataError(f"data.heldout: {wanted}: {told}")
+    return replace(train, samples=kept), replace(train, samples=held)
+
+
+def _without_leaks(train: Split, heldout: Split, on_leak: str) -> tuple[Split, Split]:
+    """Counts the training samples that are held out too; `drop` leaves them out of the training."""
+    held = {sample.digest for sample in heldout.samples}
+    leaked = [sample for sample in train.samples if sample.digest in held]
+    if leaked and on_leak == "error":
+        raise DataError(
+            f"{leaked[0].where}: this example is held out too, as are {len(leaked) - 1} others (data.on_leak)"
+        )
+    if leaked and on_leak == "drop":
+        kept = tuple(sample for sample in train.samples if sample.digest not in held)
+        if not kept:
+            raise DataError(f"{train.path}: every example is held out too: nothing is left to train on")
+        train = replace(train, samples=kept)
+    return replace(train, leaks=len(leaked)), heldout
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """A tokenized split. `truncated` examples lost the front of their prompt; `dropped` ones had no room at all."""
+    """A tokenized split. `truncated` samples lost `cut_tokens` to data.truncation; `dropped` ones are left out.
+
+    In `unlearnt` ones nothing has a label: a conversation in which nobody answers, an empty text.
+    """
 
     examples: tuple[Example, ...]
     truncated: int
     dropped: int
+    cut_tokens: int
+    dropped_tokens: int
+    unlearnt: int
 
     @property
     def tokens(self) -> int:
@@ -61,101 +158,38 @@ class Encoded:
     def answer_tokens(self) -> int:
         return sum(example.answer_tokens for example in self.examples)
 
-
-def read_split(path: Path, data: DataSection) -> Split:
-    """Reads and renders a jsonl file; raises DataError naming file and line."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from error
-    prompts, completions = [], []
-    for number, row in _rows(path, content):
-        where = f"{path}:{number}"
-        prompts.append(render(data.prompt, row, where))
-        completions.append(render(data.completion, row, where))
-    if not prompts:
-        raise DataError(f"{path}: no examples in this file")
-    if not any(completion.strip() for completion in completions):
-        raise DataError(
-            f"{path}: the template {data.completion!r} gives an empty completion in every row: no loss is left"
+    @property
+    def what_was_lost(self) -> str:
+        """What data.truncation did, in words."""
+        return (
+            f"{self.truncated} examples are too long and lost {self.cut_tokens} tokens, "
+            f"{self.dropped} of {self.dropped_tokens} tokens were left out, {self.unlearnt} have nothing to learn; "
+            f"{self.tokens} tokens are kept"
         )
-    return Split(path, "sha256:" + hashlib.sha256(content).hexdigest(), tuple(prompts), tuple(completions))
 
 
-def render(template: str, row: dict[str, Any], where: str) -> str:
-    """Fills `{column}` from the row; a list is joined with ", ". `where` names the row in a DataError."""
-    try:
-        parts = list(string.Formatter().parse(template))
-    except ValueError as error:
-        raise DataError(f"template {template!r}: {error}") from error
-    text = []
-    for literal, column, format_spec, conversion in parts:
-        text.append(literal)
-        if column is None:
-            continue
-        if format_spec or conversion:
-            raise DataError(f"template {template!r}: only {{column}} is understood, without format or conversion")
-        if column not in row:
-            near = difflib.get_close_matches(column, row, n=1)
-            nearest = f"; the nearest is {near[0]!r}" if near else f"; there are {', '.join(map(repr, row))}"
-            raise DataError(f"{where}: no column {column!r} in this row{nearest}")
-        value = row[column]
-        if value is None or isinstance(value, dict):
-            raise DataError(f"{where}: column {column!r} is {json.dumps(value)}; text, a number or a list is expected")
-        text.append(", ".join(map(str, value)) if isinstance(value, list) else str(value))
-    return "".join(text)
+def encode_split(split: Split, encoder: Encoder) -> Encoded:
+    """Tokenizes every sample; raises DataError when none fits, or no token has a label."""
+    fitted = [encoder.fit(sample) for sample in split.samples]
+    examples = tuple(example for _, kept in fitted for example in kept)
+    lost = [(_tokens(whole), _tokens(kept)) for whole, kept in fitted if whole is not kept]
+    if not examples:
+        limit = encoder.data.max_tokens
+        if not any(whole for whole, _ in fitted):
+            raise DataError(f"{split.path}: the template masks every token of every example: no loss is left")
+        raise DataError(f"{split.path}: every example is longer than data.max_tokens = {limit}: raise it")
+    return Encoded(
+        examples,
+        truncated=sum(0 < left < all_of_it for all_of_it, left in lost),
+        dropped=sum(not left for _, left in lost),
+        cut_tokens=sum(all_of_it - left for all_of_it, left in lost if 0 < left < all_of_it),
+        dropped_tokens=sum(all_of_it for all_of_it, left in lost if not left),
+        unlearnt=sum(not whole for whole, _ in fitted),
+    )
 
 
-def end_of_sequence(base: Base) -> int:
-    """The id every answer ends in: one at which the server stops."""
-    tokenizers_own = base.tokenizer.eos_token_id
-    if tokenizers_own in base.eos_token_ids:
-        return tokenizers_own
-    if not base.eos_token_ids:
-        raise DataError(f"{base.id} has no end-of-sequence token: the adapter could not learn to stop")
-    return min(base.eos_token_ids)
-
-
-def encode_split(split: Split, tokenizer: PreTrainedTokenizerBase, eos_id: int, max_tokens: int) -> Encoded:
-    """Tokenizes every example to at most `max_tokens` ids; raises DataError when none fits."""
-    encoded = [
-        encode(prompt, completion, tokenizer, eos_id, max_tokens)
-        for prompt, completion in zip(split.prompts, split.completions, strict=True)
-    ]
-    kept = tuple(example for example, _ in encoded if example is not None)
-    if not kept:
-        raise DataError(f"{split.path}: every example is longer than data.max_tokens = {max_tokens}: raise it")
-    truncated = sum(was_cut for example, was_cut in encoded if example is not None)
-    return Encoded(kept, truncated, dropped=len(encoded) - len(kept))
-
-
-def encode(
-    prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase, eos_id: int, max_tokens: int
-) -> tuple[Example | None, bool]:
-    """The example and whether its prompt had to be cut; no example when not one prompt token would be left.
-
-    The prompt's ids are what the server feeds the model for the same text, BOS or none included. The boundary is
-    counted in tokens and the answer always ends in a labelled EOS: no label is derived from an id, so a pad token that
-    is also EOS cannot mask it.
-    """
-    prompt_ids: list[int] = tokenizer(prompt).input_ids
-    if not prompt_ids:
-        raise DataError("a prompt is empty, and this tokenizer puts no token before it: nothing to predict from")
-    whole_ids: list[int] = tokenizer(prompt + completion).input_ids
-    if whole_ids[: len(prompt_ids)] == prompt_ids:
-        answer_ids = whole_ids[len(prompt_ids) :]  # the model's own spelling, also where text begins with a "▁"
-    else:
-        answer_ids = tokenizer(completion, add_special_tokens=False).input_ids
-    if answer_ids[-1:] != [eos_id]:
-        answer_ids = [*answer_ids, tokenizer.eos_token_id]
-    if len(prompt_ids) + len(answer_ids) <= max_tokens:
-        return Example((*prompt_ids, *answer_ids), len(prompt_ids)), False
-    front = prompt_ids[:1] if prompt_ids[0] == tokenizer.bos_token_id else []
-    room = max_tokens - len(answer_ids) - len(front)
-    if room < 1:
-        return None, True
-    cut = [*front, *prompt_ids[-room:]]
-    return Example((*cut, *answer_ids), len(cut)), True
+def _tokens(examples: Sequence[Example]) -> int:
+    return sum(len(example.ids) for example in examples)
 
 
 @dataclass(frozen=True)
@@ -165,6 +199,8 @@ class Batch:
     input_ids: torch.Tensor  # (rows, tokens) int64
     labels: torch.Tensor  # (rows, answer positions) int64: the id to predict at each of the last positions, or IGNORED
     tokens: int  # real ones, padding not counted
+    logits_to_keep: int | torch.Tensor  # the last so many positions, or these ones: whose logits the labels are for
+    position_ids: torch.Tensor | None = None  # (rows, tokens) int64, where examples are packed: each begins at 0
 
     @property
     def answer_positions(self) -> int:
@@ -179,10 +215,17 @@ def make_batch(examples: Sequence[Example], pad_id: int) -> Batch:
     for row, example in enumerate(examples):
         ids = torch.tensor(example.ids)
         input_ids[row, : len(ids)] = ids
-        labels[row, example.answer_start - 1 : len(ids) - 1] = ids[example.answer_start :]  # predicted one earlier
-    first = min(example.answer_start for example in examples) - 1
+        for start, stop in example.trained:
+            labels[row, start - 1 : stop - 1] = ids[start:stop]  # predicted one earlier
+    tokens = sum(len(example.ids) for example in examples)
     # The last position predicts nothing that is labelled, and attends for no one: it is not computed.
-    return Batch(input_ids[:, :-1], labels[:, first:-1], sum(len(example.ids) for example in examples))
+    input_ids, labels = input_ids[:, :-1], labels[:, :-1]
+    if all(len(example.starts) == 1 for example in examples):
+        first = min(example.answer_start for example in examples) - 1
+        return Batch(input_ids, labels[:, first:], tokens, logits_to_keep=longest - 1 - first)
+    labelled = (labels != IGNORED).any(0).nonzero().squeeze(1)
+    positions = torch.stack([packed_positions(example, longest)[:-1] for example in examples])
+    return Batch(input_ids, labels[:, labelled], tokens, logits_to_keep=labelled, position_ids=positions)
 
 
 def steps_in_epoch(examples: int, examples_per_step: int) -> int:
@@ -203,16 +246,3 @@ def epoch_order(lengths: Sequence[int], examples_per_step: int, seed: int, epoch
         by_length = sorted(shuffled[start : start + pool], key=lambda index: lengths[index])
         steps += [by_length[i : i + examples_per_step] for i in range(0, len(by_length), examples_per_step)]
     return [steps[i] for i in torch.randperm(len(steps), generator=generator).tolist()]
-
-
-def _rows(path: Path, content: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(content.split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise DataError(f"{path}:{number}: not JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise DataError(f"{path}:{number}: a JSON object is expected, not {type(row).__name__}")
-        yield number, row

@@ -11,9 +11,11 @@ from rich.table import Table
 from loraplex_server.engine.config import EngineConfig
 from loraplex_server.engine.engine import Engine
 from loraplex_server.engine.model import load_base
+from loraplex_server.engine.rendering import ends_of
 from loraplex_server.engine.request import SamplingParams
 from loraplex_trainer.config import RunConfig
 from loraplex_trainer.data import Split
+from loraplex_trainer.encoding import encoder_for
 
 
 def evaluate(config: RunConfig, folder: Path, heldout: Split) -> dict[str, float]:
@@ -23,17 +25,22 @@ def evaluate(config: RunConfig, folder: Path, heldout: Split) -> dict[str, float
     """
     metric = config.evaluation.metric
     score = {"tag_f1": tag_f1, "exact_match": exact_match}[metric]
-    engine = Engine(load_base(**config.base.load_options), EngineConfig(max_rank=config.lora.rank))
+    base = load_base(**config.base.load_options)
+    encoder = encoder_for(base, config.data)
+    questions = [question for sample in heldout.samples if (question := encoder.question(sample))]
+    prompts, truths = [question.prompt_ids for question in questions], [question.answer for question in questions]
+    engine = Engine(base, EngineConfig(max_rank=config.lora.rank))
     engine.add_adapter(config.name, folder)
-    params = SamplingParams(max_tokens=config.evaluation.max_tokens, temperature=0.0)
-    answers = engine.generate(list(heldout.prompts), params, adapter=config.name)
-    base_answers = engine.generate(list(heldout.prompts), params, adapter=None)
+    stop, stop_token_ids = ends_of(base.tokenizer, encoder.template.get("stop", ()))
+    params = SamplingParams(
+        max_tokens=config.evaluation.max_tokens, temperature=0.0, stop=stop, stop_token_ids=stop_token_ids
+    )
+    answers = engine.generate(prompts, params, adapter=config.name)
+    base_answers = engine.generate(prompts, params, adapter=None)
     return {
-        metric: _mean([score(a.text, truth) for a, truth in zip(answers, heldout.completions, strict=True)]),
+        metric: _mean([score(a.text, truth) for a, truth in zip(answers, truths, strict=True)]),
         "stop_rate": _mean([float(answer.finish_reason == "stop") for answer in answers]),
-        f"base_{metric}": _mean(
-            [score(a.text, truth) for a, truth in zip(base_answers, heldout.completions, strict=True)]
-        ),
+        f"base_{metric}": _mean([score(a.text, truth) for a, truth in zip(base_answers, truths, strict=True)]),
     }
 
 

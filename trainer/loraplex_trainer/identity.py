@@ -1,10 +1,12 @@
 """What makes a run this run: equal identities give equal weights, so a checkpoint is resumed only by its own run."""
 
+import hashlib
 from typing import Any
 
 from loraplex_server.engine.model import Base
 from loraplex_trainer.config import RunConfig
 from loraplex_trainer.data import Split
+from loraplex_trainer.encoding import template_file
 
 # What may differ between a run and its resumption without changing a single weight.
 _FREE_KEYS = (
@@ -23,12 +25,14 @@ def run_identity(
     config: RunConfig, splits: dict[str, Split], base: Base, parent: dict[str, Any] | None
 ) -> dict[str, Any]:
     """The settings, data, base and parent that the weights follow from."""
+    template = template_file(config.data)
     settings = {key: value for key, value in flat(config.model_dump(mode="json")).items() if not _is_free(key)}
     return {
         "config": settings,
         "train_sha256": splits["train"].sha256,
         # What is only measured may change; what decides when to stop, or which step to keep, may not.
         "heldout_sha256": splits["heldout"].sha256 if config.training.evaluate_every else None,
+        "chat_template_sha256": None if template is None else hashlib.sha256(template.encode()).hexdigest(),
         "base_fingerprint": base.fingerprint,
         "quantization": base.quantization,
         "parent": parent,

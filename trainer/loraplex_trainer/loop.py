@@ -20,6 +20,7 @@ from loraplex_trainer.config import RunConfig
 from loraplex_trainer.data import IGNORED, Batch, Example, epoch_order, make_batch, steps_in_epoch
 from loraplex_trainer.errors import NotFinite, OutOfMemory
 from loraplex_trainer.optimizers import build_optimizer
+from loraplex_trainer.packing import packed_inputs
 from loraplex_trainer.schedule import count_steps, scheduled_rate
 from loraplex_trainer.stopping import Evaluation, is_best
 
@@ -141,7 +142,10 @@ def loss_sum(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     """Cross-entropy summed over the labelled tokens, in float32; logits are made only where a label can be."""
     device = next(model.parameters()).device
     logits = model(
-        input_ids=batch.input_ids.to(device), logits_to_keep=batch.answer_positions, use_cache=False
+        input_ids=batch.input_ids.to(device),
+        logits_to_keep=batch.logits_to_keep,
+        use_cache=False,
+        **packed_inputs(model, batch.position_ids),
     ).logits  # (rows, answer positions, vocabulary)
     labels = batch.labels.flatten()
     labelled = (labels != IGNORED).nonzero().squeeze(1)  # found before the move: the device is not waited for

@@ -22,7 +22,9 @@ from loraplex_server.engine.errors import BaseNotFound
 from loraplex_server.engine.model import Base, _compute_dtype, _context_tokens, _device
 from loraplex_trainer.adapter import trainable_parameters
 from loraplex_trainer.config import BaseSection, TrainingSection
-from loraplex_trainer.data import IGNORED, Batch, Example, make_batch
+from loraplex_trainer.data import IGNORED, Batch, make_batch
+from loraplex_trainer.encoding import Example
+from loraplex_trainer.packing import packed_inputs
 
 # Of a quantized weight: 4 bits, for each 64 weights a scale of 8 bits, for each 256 scales one of 32 bits.
 _NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
@@ -131,7 +133,8 @@ def _activation_bytes(model: PeftModel, batch: Batch, labelled: int) -> int:
     model.train()
     with saved_tensors_hooks(note, lambda tensor: tensor):
         ids = torch.zeros(batch.input_ids.shape, dtype=torch.long)
-        logits = model(input_ids=ids, logits_to_keep=batch.answer_positions, use_cache=False).logits
+        more = packed_inputs(model, batch.position_ids)
+        logits = model(input_ids=ids, logits_to_keep=batch.logits_to_keep, use_cache=False, **more).logits
         cross_entropy(logits.flatten(0, 1)[:labelled].float(), torch.zeros(labelled, dtype=torch.long))
         return sum(kept.values()) + logits.nbytes + 4 * labelled * logits.shape[-1]
 

@@ -21,7 +21,7 @@ from loraplex_trainer.data import Encoded, Split
 from loraplex_trainer.stopping import Evaluation
 
 FORMAT = "loraplex.receipt/1"
-PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "loraplex")
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "loraplex")
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Trained:
 
     base: dict[str, Any]
     encoded: dict[str, Encoded]
+    template: dict[str, Any]  # how the adapter wants to be asked
     losses: tuple[float, ...]
     evaluations: tuple[Evaluation, ...]
     kept_step: int  # whose weights the adapter has
@@ -47,7 +48,7 @@ def receipt_of(
         "config": config.model_dump(mode="json"),
         "base": trained.base,
         "data": {name: _data_record(split, trained.encoded[name]) for name, split in splits.items()},
-        "template": {"prompt": config.data.prompt, "completion": config.data.completion},
+        "template": trained.template,
         "seed": config.training.seed,
         "steps": len(trained.losses),
         "kept_step": trained.kept_step,
@@ -75,13 +76,15 @@ def base_record(base: Base) -> dict[str, Any]:
 
 def _data_record(split: Split, encoded: Encoded) -> dict[str, Any]:
     return {
-        "path": str(split.path),
-        "sha256": split.sha256,
+        **split.record,
         "examples": len(encoded.examples),
         "tokens": encoded.tokens,
         "answer_tokens": encoded.answer_tokens,
         "truncated": encoded.truncated,
         "dropped": encoded.dropped,
+        "cut_tokens": encoded.cut_tokens,
+        "dropped_tokens": encoded.dropped_tokens,
+        "unlearnt": encoded.unlearnt,
     }
 
 

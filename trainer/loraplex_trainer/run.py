@@ -7,7 +7,7 @@ import gc
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,13 +28,15 @@ from loraplex_trainer.checkpoint import (
 )
 from loraplex_trainer.config import RunConfig
 from loraplex_trainer.curve import write_curve
-from loraplex_trainer.data import Encoded, Split, encode_split, end_of_sequence, read_split
+from loraplex_trainer.data import Encoded, Split, encode_split, read_splits
+from loraplex_trainer.encoding import Encoder, Example, encoder_for
 from loraplex_trainer.errors import CheckpointError, ConfigError, DataError, Interrupted
 from loraplex_trainer.evaluate import evaluate, score_table
 from loraplex_trainer.fast import use_kernels
 from loraplex_trainer.identity import difference, run_identity
 from loraplex_trainer.lock import locked_folder
 from loraplex_trainer.loop import Loop, mean_loss, stop_signals
+from loraplex_trainer.packing import pack, prepare_packing
 from loraplex_trainer.parent import find_parent
 from loraplex_trainer.progress import reporting, say
 from loraplex_trainer.receipt import Trained, base_record, receipt_of, write_receipt
@@ -49,9 +51,8 @@ def train(config: RunConfig, *, resume: bool, console: Console) -> Path:
     during it; EngineError for a base that cannot be loaded.
     """
     check_packages(config)
-    splits = {"train": read_split(config.data.train, config.data)}
-    if config.data.heldout is not None:
-        splits["heldout"] = read_split(config.data.heldout, config.data)
+    splits = read_splits(config.data)
+    say_what_is_the_same(splits, config.data.on_leak, console)
     with _partial_folder(config) as partial:
         finish_swap(config.folder)
         earlier = load_progress(checkpoint_folder(config)) if resume else None
@@ -59,7 +60,7 @@ def train(config: RunConfig, *, resume: bool, console: Console) -> Path:
         _free_memory()
         metrics: dict[str, float] = {}
         if "heldout" in splits and config.evaluation.metric != "none":
-            say(console, f"scoring {len(splits['heldout'].prompts)} held-out prompts with the serving engine")
+            say(console, f"scoring {len(splits['heldout'].samples)} held-out prompts with the serving engine")
             metrics = evaluate(config, partial, splits["heldout"])
         with writing(partial, "the adapter"):
             write_receipt(partial, receipt_of(config, splits, trained, metrics))
@@ -80,13 +81,16 @@ def _train_adapter(
     started = time.monotonic() - (earlier.wall_seconds if earlier else 0.0)
     training = config.training
     base = load_base(**config.base.load_options)
-    encoded = encode_splits(config, splits, base, console)
+    encoder = encoder_for(base, config.data)
+    encoded = encode_splits(config, splits, base, encoder, console)
     torch.manual_seed(training.seed)
     model = attach_adapter(base, config.lora)
     if config.training.kernels:
         use_kernels(model)
+    if config.data.packing:
+        prepare_packing(model)
     pad_id = pad if isinstance(pad := base.tokenizer.pad_token_id, int) else 0  # neither attended to nor labelled
-    loop = Loop(model, encoded["train"].examples, config, pad_id)
+    loop = Loop(model, rows_of(encoded["train"], config), config, pad_id)
     identity = _go_on(loop, config, splits, base, earlier) if earlier else _begin(loop, config, splits, base)
     say(console, _opening(loop, base, encoded["train"]))
     with (
@@ -130,13 +134,15 @@ def _train_adapter(
     with writing(folder, "the adapter"):
         save_adapter(model, folder, base.id, base.revision)
         write_curve(folder, loop.losses, loop.evaluations, training, loop.total_steps)
-    losses, evaluations = tuple(loop.losses), tuple(loop.evaluations)
+    losses, evaluations, parent = tuple(loop.losses), tuple(loop.evaluations), identity["parent"]
     return Trained(
-        base_record(base), encoded, losses, evaluations, kept_step, heldout_loss, identity["parent"], started
+        base_record(base), encoded, encoder.template, losses, evaluations, kept_step, heldout_loss, parent, started
     )
 
 
-def encode_splits(config: RunConfig, splits: dict[str, Split], base: Base, console: Console) -> dict[str, Encoded]:
+def encode_splits(
+    config: RunConfig, splits: dict[str, Split], base: Base, encoder: Encoder, console: Console
+) -> dict[str, Encoded]:
     """Tokenizes every split; raises ConfigError and DataError for what does not fit the base's context."""
     limit = config.data.max_tokens
     if limit > base.context_tokens:
@@ -144,22 +150,41 @@ def encode_splits(config: RunConfig, splits: dict[str, Split], base: Base, conso
             f"data.max_tokens: {limit}: more than the {base.context_tokens} tokens of context of {base.id}"
         )
     if "heldout" in splits and config.evaluation.metric != "none":
-        longest = max(len(base.tokenizer(prompt).input_ids) for prompt in splits["heldout"].prompts)
+        asked = [question for sample in splits["heldout"].samples if (question := encoder.question(sample))]
+        if not asked:
+            raise DataError(
+                f"{splits['heldout'].path}: evaluation.metric needs answers to compare with, and there are none"
+            )
+        longest = max(len(question.prompt_ids) for question in asked)
         if longest + config.evaluation.max_tokens > base.context_tokens:
             raise DataError(
-                f"{config.data.heldout}: a prompt of {longest} tokens and evaluation.max_tokens = "
+                f"{splits['heldout'].path}: a prompt of {longest} tokens and evaluation.max_tokens = "
                 f"{config.evaluation.max_tokens} are more than the {base.context_tokens} tokens of context of {base.id}"
             )
-    eos_id = end_of_sequence(base)
-    encoded = {name: encode_split(split, base.tokenizer, eos_id, limit) for name, split in splits.items()}
+    encoded = {name: encode_split(split, encoder) for name, split in splits.items()}
     for name, split in encoded.items():
-        if split.truncated or split.dropped:
+        if split.truncated or split.dropped or split.unlearnt:
             say(
                 console,
-                f"{name}: {split.truncated} examples are longer than data.max_tokens = {limit} and lost the front of "
-                f"their prompt; {split.dropped} had no room for their completion and were left out",
+                f"{name}: {split.what_was_lost} (data.truncation: {config.data.truncates_by}, max_tokens: {limit})",
             )
     return encoded
+
+
+def rows_of(train: Encoded, config: RunConfig) -> Sequence[Example]:
+    """What a step is made of: the examples, or rows that they are packed into."""
+    if not config.data.packing:
+        return train.examples
+    return pack(train.examples, config.data.max_tokens, config.training.seed)
+
+
+def say_what_is_the_same(splits: dict[str, Split], on_leak: str, console: Console) -> None:
+    for name, split in splits.items():
+        if split.duplicates:
+            say(console, f"{name}: {split.duplicates} of {len(split.samples)} examples are the same as one before")
+    if leaks := splits["train"].leaks:
+        what = "and left out" if on_leak == "drop" else "data.on_leak: drop leaves them out"
+        say(console, f"train: {leaks} examples are held out too; {what}")
 
 
 def _begin(loop: Loop, config: RunConfig, splits: dict[str, Split], base: Base) -> dict[str, Any]:
@@ -189,9 +214,11 @@ def _go_on(loop: Loop, config: RunConfig, splits: dict[str, Split], base: Base, 
 def _opening(loop: Loop, base: Base, train: Encoded) -> str:
     trainable = sum(parameter.numel() for parameter in loop.parameters.values())
     start = f", going on after step {loop.step}" if loop.step else ""
+    rows = f" in {len(loop.examples)} rows" if loop.config.data.packing else ""
     return (
-        f"{loop.config.name}: {len(loop.examples)} examples, {train.tokens:,} tokens, loss on {train.answer_tokens:,}; "
-        f"{trainable:,} trainable parameters on {base.id} ({base.quantization}, {base.device.type}); "
+        f"{loop.config.name}: {len(train.examples)} examples{rows}, {train.tokens:,} tokens, loss on "
+        f"{train.answer_tokens:,}; {trainable:,} trainable parameters on {base.id} "
+        f"({base.quantization}, {base.device.type}); "
         f"{loop.total_steps} steps{start}"
     )
 
