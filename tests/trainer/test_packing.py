@@ -1,20 +1,25 @@
 """Packing: several examples in a row, with the loss and the gradients of rows of their own."""
 
+import io
 import math
+import signal
 
 import pytest
 import torch
+from rich.console import Console
+from safetensors.torch import load_file
 from tiny import make_base
 
 from loraplex_server.engine.model import load_base
 from loraplex_server.engine.upstream import quiet
 from loraplex_trainer.adapter import attach_adapter, trainable_parameters
-from loraplex_trainer.config import LoraSection
+from loraplex_trainer.config import LoraSection, load_config
 from loraplex_trainer.data import make_batch
 from loraplex_trainer.encoding import Example
-from loraplex_trainer.errors import ConfigError
+from loraplex_trainer.errors import ConfigError, Interrupted
 from loraplex_trainer.loop import loss_sum
 from loraplex_trainer.packing import pack, prepare_packing
+from loraplex_trainer.run import train as run_training
 
 
 def examples(count: int, seed: int = 0, longest: int = 40) -> list[Example]:
@@ -77,11 +82,12 @@ def test_an_example_does_not_see_the_one_before_it(model):
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
 
 
-def test_a_model_in_which_examples_would_see_each_other_is_refused(tmp_path):
-    """Jamba's state runs through the whole row, whatever the positions say."""
-    base = load_base(str(make_base(tmp_path / "base", "jamba")), quantization="none", device="cpu", dtype="float32")
+@pytest.mark.parametrize("family", ["jamba", "falcon", "opt"])
+def test_a_model_in_which_examples_would_see_each_other_is_refused(tmp_path, family):
+    """Jamba's state runs through the whole row, Falcon's ALiBi knows no positions, OPT counts its own."""
+    base = load_base(str(make_base(tmp_path / "base", family)), quantization="none", device="cpu", dtype="float32")
     model = attach_adapter(base, LoraSection(rank=4))
-    with pytest.raises(ConfigError, match=r"data\.packing.*'jamba'.*see each other"):
+    with pytest.raises(ConfigError, match=rf"data\.packing.*'{family}'.*see each other"):
         prepare_packing(model)
     assert model.training
 
@@ -106,14 +112,34 @@ def test_a_seed_gives_the_same_rows_and_another_one_others():
     assert pack(some, 64, seed=1) == pack(some, 64, seed=1) != pack(some, 64, seed=2)
 
 
-def test_a_packed_run_learns_resumes_and_says_so(write_run, train, receipt, tmp_path):
-    steps = {"max_steps": 6, "batch_size": 2, "learning_rate": 1e-2, "log_every_steps": 1, "save_every_steps": 3}
-    result = train(write_run(name="whole", data__packing=True, training=steps))
-    assert "48 examples in " in result.stdout and receipt("whole")["config"]["data"]["packing"] is True
-    assert receipt("whole")["losses"]["train_last"] < receipt("whole")["losses"]["train_first"]
-    train(write_run(name="plain", training=steps | {"batch_size": 48, "max_steps": 1}))
-    train(write_run(name="packed", data__packing=True, training=steps | {"batch_size": 48, "max_steps": 1}))
-    assert receipt("packed")["losses"]["train_first"] == pytest.approx(
-        receipt("plain")["losses"]["train_first"], abs=1e-5
+STEPS = {"max_steps": 6, "batch_size": 2, "learning_rate": 1e-2, "log_every_steps": 1, "save_every_steps": 3}
+
+
+def test_a_packed_run_has_the_losses_of_one_that_is_not(write_run, train, receipt):
+    """All 48 examples in one step: the packed rows' loss is the unpacked one's, and so is the adapter after it."""
+    for name, packing in (("plain", False), ("packed", True)):
+        steps = STEPS | {"batch_size": 48, "max_steps": 2}
+        result = train(write_run(name=name, data__packing=packing, training=steps))
+        assert ("48 examples in " in result.stdout) is packing
+    plain, packed = (receipt(name)["losses"] for name in ("plain", "packed"))
+    assert packed == pytest.approx(plain, abs=1e-4) and packed["train_last"] < packed["train_first"]
+
+
+def test_a_packed_run_goes_on_as_if_nothing_had_been(write_run, tmp_path):
+    class Trip(io.StringIO):
+        def write(self, text: str) -> int:
+            if text.startswith("step 4/"):
+                signal.raise_signal(signal.SIGINT)
+            return super().write(text)
+
+    whole = run_training(
+        load_config(write_run(name="whole", data__packing=True, training=STEPS)),
+        resume=False,
+        console=Console(file=io.StringIO()),
     )
-    assert receipt("packed")["losses"]["heldout"] == pytest.approx(receipt("plain")["losses"]["heldout"], abs=1e-3)
+    config = load_config(write_run(name="parts", data__packing=True, training=STEPS))
+    with pytest.raises(Interrupted):
+        run_training(config, resume=False, console=Console(file=Trip()))
+    parts = run_training(config, resume=True, console=Console(file=io.StringIO()))
+    weights = [load_file(folder / "adapter_model.safetensors") for folder in (whole, parts)]
+    torch.testing.assert_close(*weights, rtol=0, atol=1e-6)
