@@ -8,6 +8,7 @@ from typing import TypeVar
 from .errors import RateLimited
 
 PATIENCE_SECONDS = 300.0
+FIRST_PAUSE_SECONDS = 0.05
 T = TypeVar("T")
 
 
@@ -25,15 +26,18 @@ class Patience:
     def through(self, act: Callable[[], T]) -> T:
         """What the act gives, which is tried again whenever it was refused and the time it was given is over.
 
-        Raises RateLimited when that would take longer than there is patience for, and whatever else the act raises.
+        Where it was given none, after pauses that grow. Raises RateLimited when that would take longer than there is
+        patience for, and whatever else the act raises.
         """
-        began = time.monotonic()
+        began, unasked_seconds = time.monotonic(), FIRST_PAUSE_SECONDS
         while True:
             try:
                 return act()
             except RateLimited as error:
                 waited_seconds = time.monotonic() - began
-                if waited_seconds + error.retry_after_seconds > self.seconds:
+                pause_seconds = error.retry_after_seconds or unasked_seconds
+                if waited_seconds + pause_seconds > self.seconds:
                     raise RateLimited(error.limit, error.retry_after_seconds, round(waited_seconds)) from error
                 self.told(error)
-                time.sleep(error.retry_after_seconds)
+                time.sleep(pause_seconds)
+                unasked_seconds *= 2

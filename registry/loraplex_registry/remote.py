@@ -333,9 +333,9 @@ class RemoteRegistry:
             error = load_error(response.json())
         except ValueError:
             error = RemoteError(f"the registry at {self.url} answered {response.status_code} {response.reason_phrase}")
-        if response.status_code == 429 and not isinstance(error, RateLimited):  # a proxy's, with words of its own
-            asked = response.headers.get("Retry-After", "")
-            return RateLimited("the allowed", int(asked) if re.fullmatch("[0-9]{1,9}", asked) else 1)
+        if response.status_code == 429:  # the registry's, or a proxy's with words of its own
+            limit, asked = getattr(error, "limit", "the allowed"), response.headers.get("Retry-After", "")
+            return RateLimited(limit, int(asked) if re.fullmatch("[0-9]{1,9}", asked) else 0)
         return error
 
 

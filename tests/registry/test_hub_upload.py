@@ -638,7 +638,10 @@ def test_open_drafts_are_told(url, hub, local, folder, base, tmp_path, how):
         assert registry.drafts.list() == []
         hub.create_repo("ns/empty")
         upload(hub, NAME, Adapter(), tmp_path / "a")
+        (before,) = registry.drafts.list(NAME)
         hub.upload_file(path_or_fileobj=b"four", path_in_repo="a.txt", repo_id=NAME)
+        (after,) = registry.drafts.list(NAME)
+        assert (after.files, after.bytes, after.at > before.at) == (before.files + 1, before.bytes + 4, True)
         local.push("ns/published", folder, base=base)
         hub.upload_file(path_or_fileobj=b"# new", path_in_repo="README.md", repo_id="ns/published")
         empty, published, tagger = registry.drafts.list()

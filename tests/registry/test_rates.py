@@ -191,6 +191,11 @@ def test_a_wait_has_an_end(local):
                 with pytest.raises(RateLimited, match="more than the allowed requests; try again in 1 s"):
                     ask()  # there is no use in waiting for less than is asked
             assert time.monotonic() - began < 0.5
+    throttled = Throttled(create_app(local), "0", always=True)
+    with serving(throttled) as url, RemoteRegistry(url, patience=Patience(0.5)) as registry:
+        with pytest.raises(RateLimited):
+            registry.list()
+        assert 2 <= len(throttled.refused) <= 4  # 0 is no leave to ask without a pause
 
 
 def test_a_command_waits_and_says_so(local):
