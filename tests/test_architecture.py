@@ -60,10 +60,10 @@ def test_the_engine_and_the_adapters_know_no_http():
             assert not roots & WEB, file
 
 
-def test_the_trainer_knows_the_engine_and_nothing_else_of_the_server():
+def test_the_trainer_knows_the_engine_and_its_kernels_and_nothing_else_of_the_server():
     for file in files("loraplex_trainer"):
         server = {name for name in imported(file) if name.startswith("loraplex_server")}
-        assert all(name.startswith("loraplex_server.engine") for name in server), file
+        assert all(name.startswith(("loraplex_server.engine", "loraplex_server.kernels")) for name in server), file
 
 
 @pytest.mark.parametrize("package", HOMES)

@@ -327,3 +327,27 @@ def test_keys_that_do_not_go_together_are_refused_in_one_line(write_run, train, 
     result = train(write_run(data=section), exit_code=2)
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
     assert all(word in result.stderr for word in words), result.stderr
+
+
+def test_a_conversation_is_scored_on_its_last_answer(write_run, train, receipt, settings, tmp_path):
+    """What is asked is what the server would be asked: everything before the last answer, by the same template."""
+    text = "<usr> river?\n<bot> stone\n<usr> lantern?\n<bot> harbor"
+    rows = tmp_path / "chats.jsonl"
+    rows.write_text("".join(json.dumps({"text": f"<usr> {word}\n{text}"}) + "\n" for word in ("winter", "garden")))
+    data = {"train": str(rows), "heldout": str(rows), "form": "usr_bot", "max_tokens": 200}
+    steps = {"max_steps": 60, "batch_size": 2, "learning_rate": 2e-2}
+    train(write_run(data=data, training=steps, evaluation={"metric": "exact_match", "max_tokens": 12}))
+    written = receipt()
+    assert written["metrics"] == {"exact_match": 1.0, "stop_rate": 1.0, "base_exact_match": 0.0}
+    assert written["template"].keys() == {"form", "chat", "stop"} and written["template"]["form"] == "usr_bot"
+
+
+def test_rows_in_which_nobody_answers_are_counted_and_a_metric_needs_answers(write_run, train, receipt, tmp_path):
+    rows = tmp_path / "chats.jsonl"
+    rows.write_text('{"text": "<usr> a<bot> b"}\n{"text": "<usr> nobody"}\n')
+    data = {"train": str(rows), "form": "usr_bot", "max_tokens": 200}
+    result = train(write_run(data=data, training={"max_steps": 1}))
+    assert "1 have nothing to learn" in result.stdout and receipt()["data"]["train"]["unlearnt"] == 1
+    rows.write_text('{"text": "a b"}\n')
+    path = write_run(data=data | {"form": "text", "heldout": str(rows)}, evaluation={"metric": "exact_match"})
+    assert "evaluation.metric" in train(path, exit_code=2).stderr

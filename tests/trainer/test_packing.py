@@ -112,7 +112,7 @@ def test_a_seed_gives_the_same_rows_and_another_one_others():
     assert pack(some, 64, seed=1) == pack(some, 64, seed=1) != pack(some, 64, seed=2)
 
 
-STEPS = {"max_steps": 6, "batch_size": 2, "learning_rate": 1e-2, "log_every_steps": 1, "save_every_steps": 3}
+STEPS = {"max_steps": 6, "batch_size": 2, "learning_rate": 1e-2, "log_every_steps": 1, "save_every": 3}
 
 
 def test_a_packed_run_has_the_losses_of_one_that_is_not(write_run, train, receipt):

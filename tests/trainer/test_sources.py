@@ -199,6 +199,10 @@ def test_a_dataset_of_the_hub_is_read_at_one_commit(tmp_path):
         command = [sys.executable, "-c", READ_ALL, json.dumps(sources)]
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode == 0, done.stderr
+    command = [sys.executable, "-c", READ_ALL, json.dumps(sources[1:2])]  # the server is gone: what the cache has
+    offline = environment | {"HF_HUB_OFFLINE": "1"}
+    cached = subprocess.run(command, capture_output=True, text=True, env=offline, timeout=120)
+    assert json.loads(cached.stdout)[1] == ROWS[:3], cached.stdout
     first, again, test, no_split, no_revision, nothing = map(json.loads, done.stdout.splitlines())
     record, rows, where = first
     assert rows == ROWS[:3] and where == "team/quotes train[:30%] row 1"

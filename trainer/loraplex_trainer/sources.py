@@ -83,22 +83,29 @@ def _slice(section: SourceSection, rows: list[Row]) -> list[Row]:
 
 
 def _from_datasets(section: SourceSection, folder: Path | None) -> tuple[Source, list[Row]]:
-    """A folder, or a dataset of the Hub at one commit of it, which is asked for first."""
+    """A folder, or a dataset of the Hub at one commit, which is asked for first; off line, what the cache has."""
     import datasets
     from datasets.exceptions import DatasetsError
     from huggingface_hub import HfApi
+    from huggingface_hub.constants import HF_HUB_OFFLINE
     from huggingface_hub.errors import HfHubHTTPError
 
     datasets.disable_progress_bars()
     options = {"name": section.config, "split": section.split}
     try:
         if folder is None:
-            commit = HfApi().dataset_info(section.path, revision=section.revision).sha
+            commit = (
+                section.revision
+                if HF_HUB_OFFLINE
+                else HfApi().dataset_info(section.path, revision=section.revision).sha
+            )
             table = datasets.load_dataset(section.path, revision=commit, **options)
         else:
             commit = None
             table = _from_folder(section, folder)
         rows = [Row(f"{section.path} {section.split} row {at}", dict(columns)) for at, columns in enumerate(table, 1)]
+    except DataError:
+        raise
     except (OSError, ValueError, AssertionError, HfHubHTTPError, DatasetsError) as error:
         missing = "" if folder else "no such file or folder, and not to be had from the Hub: "
         raise DataError(f"{section.path}: {missing}{_reason(error)}") from error

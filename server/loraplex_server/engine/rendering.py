@@ -156,21 +156,22 @@ def columns_prompt(tokenizer: "PreTrainedTokenizerBase", template: Template, col
         InvalidRequest: the adapter was not trained on columns, or one of them is missing.
     """
     if template.form == "alpaca" and template.chat is not None:
-        wanted = ("instruction", "input")
-        messages = alpaca_messages(columns, template.chat)
-    elif template.prompt is not None:
-        wanted = columns_of(template.prompt)
-        messages = None
-    else:
+        _only(columns, ("instruction", "input"))
+        return chat_ids(tokenizer, template.chat, alpaca_messages(columns, template.chat), answer_next=True)
+    if template.prompt is None:
         raise InvalidRequest("inputs fill the prompt template of an adapter, and there is none here", "inputs")
-    if unknown := [column for column in columns if column not in wanted]:
-        expected = ", ".join(map(repr, wanted)) or "none"
-        raise InvalidRequest(
-            f"inputs has a column {unknown[0]!r}, which is not asked for; expected {expected}", "inputs"
-        )
-    if messages is not None:
-        return chat_ids(tokenizer, template.chat or "", messages, answer_next=True)
-    return text_ids(tokenizer, fill(template.prompt or "", columns))
+    _only(columns, columns_of(template.prompt))
+    return text_ids(tokenizer, fill(template.prompt, columns))
+
+
+def _only(columns: Mapping[str, Any], wanted: Sequence[str]) -> None:
+    """Raises InvalidRequest for a column that nobody asks for."""
+    for column in columns:
+        if column not in wanted:
+            expected = ", ".join(map(repr, wanted)) or "none"
+            raise InvalidRequest(
+                f"inputs has the column {column!r}, which is not asked for; expected {expected}", "inputs"
+            )
 
 
 def _as_prompt(prompt: str, messages: Sequence[Message]) -> str:
