@@ -23,14 +23,15 @@ WIDE = {"rank": 64, "alpha": 64, "dropout": 0.2}  # 64 × 64 = 4,096: the smalle
 
 
 class Trip(io.StringIO):
-    """A log that acts when a line begins as it says."""
+    """A log that acts when a line first begins as it says."""
 
     def __init__(self, line: str, act) -> None:
         super().__init__()
         self.line, self.act = line, act
 
     def write(self, text: str) -> int:
-        if text.startswith(self.line):
+        if self.line and text.startswith(self.line):
+            self.line = ""
             self.act()
         return super().write(text)
 

@@ -144,6 +144,8 @@ def test_as_key_value_they_win_over_the_file_under_either_name(write_run, train)
         (["hub_model_id=me/it"], ["hub_model_id", "registry hub push"]),
         (["resume_from_checkpoint=out"], ["resume_from_checkpoint", "--resume"]),
         (["per_device_eval_batch_size=8"], ["per_device_eval_batch_size", "training.batch_size"]),
+        (["deepspeed=zero2.json"], ["deepspeed", "zero2.json", "torchrun"]),
+        (["fsdp=full_shard"], ["fsdp", "torchrun"]),
         (["bias=all"], ["bias", "all", "no bias is trained"]),
         (["task_type=TOKEN_CLS"], ["task_type", "TOKEN_CLS"]),
         (["optim=lomo"], ["training.optimizer", "lomo", "'adamw_8bit'"]),

@@ -3,6 +3,7 @@
 Exit codes: 0 done; 1 failed on the way; 2 run file, data or checkpoint wrong, before any step; 130 and 143 stopped.
 """
 
+import os
 import shlex
 import sys
 from functools import partial
@@ -46,7 +47,7 @@ class RunOrWord(click.Command):
 @click.option("--no-timing", is_flag=True, help="With --check: take no timed steps, so that no weight is read.")
 def train(run_file: Path, overrides: tuple[str, ...], resume: bool, checking: bool, no_timing: bool) -> None:
     """Train one LoRA adapter as RUN_YAML says; KEY=VALUE sets a key, such as training.learning_rate=1e-3."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, quiet=_is_follower())
     go_on = shlex.join(["loraplex", "train", str(run_file), *overrides, "--resume"])
     try:
         config = load_config(run_file, overrides, partial(console.print, markup=False, soft_wrap=True))
@@ -84,8 +85,14 @@ def schema() -> None:
 RunOrWord.words = {"schema": schema}
 
 
+def _is_follower() -> bool:
+    """Whether torchrun started this process beside a first one, which speaks for all."""
+    return int(os.environ.get("RANK", "0")) > 0
+
+
 def _end(message: str, exit_code: int) -> None:
-    click.echo(" ".join(message.split()), err=True)
+    if not _is_follower():
+        click.echo(" ".join(message.split()), err=True)
     sys.exit(exit_code)
 
 

@@ -21,13 +21,11 @@ from loraplex_trainer.adapter import adapter_weights, attach_adapter, load_weigh
 from loraplex_trainer.config import RunConfig
 from loraplex_trainer.data import Encoded, read_splits, steps_in_epoch
 from loraplex_trainer.encoding import Example, encoder_for
-from loraplex_trainer.fast import use_kernels
 from loraplex_trainer.loop import Loop
 from loraplex_trainer.memory import MemoryEstimate, base_bytes, empty_base, estimate_memory
-from loraplex_trainer.packing import prepare_packing
 from loraplex_trainer.parent import find_parent
 from loraplex_trainer.progress import duration, say
-from loraplex_trainer.run import encode_splits, rows_of, say_what_is_the_same
+from loraplex_trainer.run import build_loop, encode_splits, rows_of, say_what_is_the_same
 from loraplex_trainer.schedule import count_steps
 from loraplex_trainer.tracking import check_packages
 
@@ -126,15 +124,7 @@ def _memory(estimate: MemoryEstimate, config: RunConfig) -> Iterator[str]:
 
 def _timed(config: RunConfig, train: Encoded) -> tuple[float, float]:
     """Seconds that the run will take, and tokens per second, from a few real steps after one that warms up."""
-    base = load_base(**config.base.load_options)
-    torch.manual_seed(config.training.seed)
-    pad_id = pad if isinstance(pad := base.tokenizer.pad_token_id, int) else 0
-    model = attach_adapter(base, config.lora)
-    if config.training.kernels:
-        use_kernels(model)
-    if config.data.packing:
-        prepare_packing(model)
-    loop = Loop(model, rows_of(train, config), config, pad_id)
+    loop = build_loop(config, load_base(**config.base.load_options), train)
     total_steps, loop.total_steps = loop.total_steps, 1 + TIMED_STEPS
     marks: list[tuple[float, int]] = []
 

@@ -23,6 +23,7 @@ from loraplex_trainer.optimizers import build_optimizer
 from loraplex_trainer.packing import packed_inputs
 from loraplex_trainer.schedule import count_steps, scheduled_rate
 from loraplex_trainer.stopping import Evaluation, is_best
+from loraplex_trainer.team import ALONE, Team
 
 
 @dataclass
@@ -36,6 +37,7 @@ class Loop:
     examples: Sequence[Example]
     config: RunConfig
     pad_id: int
+    team: Team = ALONE
     step: int = 0
     losses: list[float] = field(default_factory=list)
     evaluations: list[Evaluation] = field(default_factory=list)
@@ -59,7 +61,9 @@ class Loop:
         self.model.train()
         for indices in self._remaining_steps():
             chosen = [self.examples[index] for index in indices]
-            loss = self._forward_backward(chosen)
+            self.team.seed(self.config.training.seed, self.step)
+            loss = self._forward_backward(self.team.share(chosen), sum(example.answer_tokens for example in chosen))
+            loss = self.team.add_up(self.parameters, loss)
             limit = self.config.training.max_grad_norm or math.inf
             norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit)
             for group in self.optimizer.param_groups:
@@ -82,7 +86,7 @@ class Loop:
 
     def measure(self, heldout: Sequence[Example]) -> None:
         """Adds the held-out loss of now to `evaluations`, and keeps the weights when none was lower."""
-        loss = mean_loss(self.model, heldout, self.config.training.batch_size, self.pad_id)
+        loss = mean_loss(self.model, heldout, self.config.training.batch_size, self.pad_id, self.team)
         self.evaluations.append((self.step, loss))
         if self.config.training.keep == "best" and is_best(self.evaluations):
             self.best = {name: parameter.detach().to("cpu", copy=True) for name, parameter in self.parameters.items()}
@@ -107,8 +111,8 @@ class Loop:
             self.losses.append(loss)
         self._unread.clear()
 
-    def _forward_backward(self, chosen: Sequence[Example]) -> torch.Tensor:
-        answer_tokens = sum(example.answer_tokens for example in chosen)
+    def _forward_backward(self, chosen: Sequence[Example], answer_tokens: int) -> torch.Tensor:
+        """Adds to the gradients; returns the loss of `chosen`, a part of the mean over a step's `answer_tokens`."""
         total = torch.zeros((), device=self.model.device)
         size = self.config.training.batch_size
         for start in range(0, len(chosen), size):
@@ -154,13 +158,15 @@ def loss_sum(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
 
 
 @torch.no_grad()
-def mean_loss(model: torch.nn.Module, examples: Sequence[Example], batch_size: int, pad_id: int) -> float:
+def mean_loss(
+    model: torch.nn.Module, examples: Sequence[Example], batch_size: int, pad_id: int, team: Team = ALONE
+) -> float:
     """Nats per answer token over `examples`, without dropout; the model's mode is put back."""
     was_training = model.training
     model.eval()
-    by_length = sorted(examples, key=lambda example: len(example.ids))
+    by_length = team.share(sorted(examples, key=lambda example: len(example.ids)))
     batches = (make_batch(by_length[i : i + batch_size], pad_id) for i in range(0, len(by_length), batch_size))
-    total = sum(loss_sum(model, batch).item() for batch in batches)
+    total = team.total(sum(loss_sum(model, batch).item() for batch in batches))
     model.train(was_training)
     return total / sum(example.answer_tokens for example in examples)
 

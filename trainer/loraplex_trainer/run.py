@@ -5,6 +5,7 @@ Assembles the other files; each step's how is in the file named after it.
 
 import gc
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -41,6 +42,7 @@ from loraplex_trainer.parent import find_parent
 from loraplex_trainer.progress import reporting, say
 from loraplex_trainer.receipt import Trained, base_record, receipt_of, write_receipt
 from loraplex_trainer.stopping import should_stop
+from loraplex_trainer.team import ALONE, Team, join_team
 from loraplex_trainer.tracking import check_packages, tracking
 
 
@@ -53,10 +55,17 @@ def train(config: RunConfig, *, resume: bool, console: Console) -> Path:
     check_packages(config)
     splits = read_splits(config.data)
     say_what_is_the_same(splits, config.data.on_leak, console)
+    team = join_team(config.base.device)
+    if not team.is_first:
+        team.wait()
+        earlier = load_progress(checkpoint_folder(config)) if resume else None
+        _train_adapter(config, splits, earlier, None, team, console)
+        return config.folder
     with _partial_folder(config) as partial:
         finish_swap(config.folder)
         earlier = load_progress(checkpoint_folder(config)) if resume else None
-        trained = _train_adapter(config, splits, earlier, partial, console)
+        team.wait()
+        trained = _train_adapter(config, splits, earlier, partial, team, console)
         _free_memory()
         metrics: dict[str, float] = {}
         if "heldout" in splits and config.evaluation.metric != "none":
@@ -75,33 +84,34 @@ def checkpoint_folder(config: RunConfig) -> Path:
 
 
 def _train_adapter(
-    config: RunConfig, splits: dict[str, Split], earlier: Progress | None, folder: Path, console: Console
+    config: RunConfig,
+    splits: dict[str, Split],
+    earlier: Progress | None,
+    folder: Path | None,
+    team: Team,
+    console: Console,
 ) -> Trained:
-    """Loads, trains, measures the held-out loss and writes the adapter's two files into `folder`."""
+    """Loads, trains, measures the held-out loss and writes the adapter's two files into `folder`, if there is one."""
     started = time.monotonic() - (earlier.wall_seconds if earlier else 0.0)
     training = config.training
     base = load_base(**config.base.load_options)
     encoder = encoder_for(base, config.data)
     encoded = encode_splits(config, splits, base, encoder, console)
-    torch.manual_seed(training.seed)
-    model = attach_adapter(base, config.lora)
-    if config.training.kernels:
-        use_kernels(model)
-    if config.data.packing:
-        prepare_packing(model)
-    pad_id = pad if isinstance(pad := base.tokenizer.pad_token_id, int) else 0  # neither attended to nor labelled
-    loop = Loop(model, rows_of(encoded["train"], config), config, pad_id)
+    loop = build_loop(config, base, encoded["train"], team)
+    model = loop.model
     identity = _go_on(loop, config, splits, base, earlier) if earlier else _begin(loop, config, splits, base)
+    team.share_weights(loop.parameters)
     say(console, _opening(loop, base, encoded["train"]))
     with (
-        tracking(config) as trackers,
+        tracking(config if team.is_first else None) as trackers,
         stop_signals() as stopped,
         reporting(console, loop, trackers) as reporter,
     ):
 
         def after_step(loop: Loop) -> bool:
             finished = loop.step == loop.total_steps
-            stopping = bool(stopped)  # asked once: a signal that comes during the report waits for the next step's save
+            # Asked once: a signal that comes during the report waits for the next step's save.
+            stopping = team.any(bool(stopped))
             measure_due = loop.is_due(training.evaluate_every)
             save_due = stopping or loop.is_due(training.save_every)
             report_due = loop.is_due(training.log_every_steps)
@@ -113,12 +123,12 @@ def _train_adapter(
                 finished = finished or should_stop(loop.evaluations, training.early_stopping)
             if report_due:
                 reporter.report(loop)
-            if save_due or finished:
+            if (save_due or finished) and team.is_first:
                 seconds = time.monotonic() - started
                 progress = Progress(loop.step, tuple(loop.losses), tuple(loop.evaluations), seconds, identity)
                 save_checkpoint(checkpoint_folder(config), progress, loop)
             if stopping and not finished:
-                raise Interrupted(stopped[0], loop.step)
+                raise Interrupted(stopped[0] if stopped else signal.SIGTERM, loop.step)
             return finished
 
         if not should_stop(loop.evaluations, training.early_stopping):  # a checkpoint may be the one it stopped at
@@ -130,14 +140,28 @@ def _train_adapter(
         say(console, f"kept: the weights of step {kept_step}, where the held-out loss was lowest")
     heldout_loss = dict(loop.evaluations).get(kept_step)
     if heldout_loss is None and "heldout" in encoded:
-        heldout_loss = mean_loss(model, encoded["heldout"].examples, training.batch_size, pad_id)
-    with writing(folder, "the adapter"):
-        save_adapter(model, folder, base.id, base.revision)
-        write_curve(folder, loop.losses, loop.evaluations, training, loop.total_steps)
+        heldout_loss = mean_loss(model, encoded["heldout"].examples, training.batch_size, loop.pad_id, team)
+    team.leave()
+    if folder is not None:
+        with writing(folder, "the adapter"):
+            save_adapter(model, folder, base.id, base.revision)
+            write_curve(folder, loop.losses, loop.evaluations, training, loop.total_steps)
     losses, evaluations, parent = tuple(loop.losses), tuple(loop.evaluations), identity["parent"]
     return Trained(
         base_record(base), encoded, encoder.template, losses, evaluations, kept_step, heldout_loss, parent, started
     )
+
+
+def build_loop(config: RunConfig, base: Base, train: Encoded, team: Team = ALONE) -> Loop:
+    """A fresh adapter on `base`, and the loop that trains it."""
+    torch.manual_seed(config.training.seed)
+    model = attach_adapter(base, config.lora)
+    if config.training.kernels:
+        use_kernels(model)
+    if config.data.packing:
+        prepare_packing(model)
+    pad_id = pad if isinstance(pad := base.tokenizer.pad_token_id, int) else 0  # neither attended to nor labelled
+    return Loop(model, rows_of(train, config), config, pad_id, team)
 
 
 def encode_splits(

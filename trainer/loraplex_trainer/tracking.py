@@ -35,9 +35,9 @@ def check_packages(config: RunConfig) -> None:
 
 
 @contextmanager
-def tracking(config: RunConfig) -> Iterator[Trackers]:
-    """The trackers of one run, told of its settings; closed at the end, whatever ends it."""
-    if not config.report_to:
+def tracking(config: RunConfig | None) -> Iterator[Trackers]:
+    """The trackers of one run, told of its settings; closed at the end, whatever ends it. None: nothing is tracked."""
+    if config is None or not config.report_to:
         yield Trackers([])
         return
     PartialState(cpu=config.base.device == "cpu")  # accelerate's logger asks for it
