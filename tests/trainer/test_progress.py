@@ -73,7 +73,7 @@ class TestTrackers:
         return lambda *names: write_run(training=MEASURED, report_to=[*names], logs=str(tmp_path / "logs"))
 
     def test_tensorboard(self, run, train, receipt, tmp_path):
-        pytest.importorskip("tensorboard")
+        pytest.importorskip("tensorboard", reason="pip install -c constraints.txt 'loraplex[tensorboard]'")
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
         train(run("tensorboard"))
@@ -89,7 +89,7 @@ class TestTrackers:
     @pytest.mark.slow
     @pytest.mark.filterwarnings("ignore")  # its own, of SQLAlchemy's ways and pydantic's
     def test_mlflow(self, run, train, receipt, tmp_path):
-        mlflow = pytest.importorskip("mlflow")
+        mlflow = pytest.importorskip("mlflow", reason="pip install -c constraints.txt 'loraplex[mlflow]'")
         train(run("mlflow"))
         assert (tmp_path / "logs/mlflow.db").is_file()
         client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/logs/mlflow.db")
@@ -103,7 +103,7 @@ class TestTrackers:
     @pytest.mark.slow
     def test_wandb_stays_off_line(self, run, tmp_path):
         """In a process of its own, without a way out: what is written is written here."""
-        pytest.importorskip("wandb")
+        pytest.importorskip("wandb", reason="pip install -c constraints.txt 'loraplex[wandb]'")
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "https_proxy": "http://127.0.0.1:9"}
         command = [sys.executable, "-m", "loraplex_trainer", str(run("wandb"))]
         subprocess.run(command, env=environment, cwd=tmp_path, check=True, capture_output=True, timeout=300)
