@@ -1,4 +1,4 @@
-"""What the registry reads of a trainer's receipt.json: the base, the metrics and the parent. All of it is optional."""
+"""What the registry reads of a trainer's receipt.json: base, metrics, parent, goldens. All of it is optional."""
 
 import json
 import sys
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from .errors import InvalidAdapter
+from .goldens import Golden, read_goldens
 from .manifest import BaseRef
 from .version import Dataset, Lineage, Template
 
@@ -20,7 +21,7 @@ CHAT_CHARACTERS = 1 << 16  # the longest in use are a fifth of it; every answer 
 class Receipt:
     """`base_path` is where the base lay on the trainer's machine; `parent` is the digest that training continued.
 
-    `lineage` is what it was trained on, by which run, and how it wants to be asked.
+    `lineage` is what it was trained on, by which run, and how it wants to be asked. `goldens` are for who loads it.
     """
 
     base: BaseRef | None = None
@@ -28,6 +29,7 @@ class Receipt:
     metrics: dict[str, float] | None = None
     parent: str | None = None
     lineage: Lineage = field(default_factory=Lineage)
+    goldens: tuple[Golden, ...] = ()
 
     @classmethod
     def read(cls, folder: Path) -> "Receipt":
@@ -50,6 +52,7 @@ class Receipt:
                 metrics={key: _number(f"metrics.{key}", value) for key, value in metrics.items()},
                 parent=_text("parent.digest", parent.get("digest")),
                 lineage=_lineage(body),
+                goldens=read_goldens(body.get("goldens")),
             )
         except (AttributeError, TypeError, ValueError, RecursionError) as error:
             raise InvalidAdapter(f"{RECEIPT}: {error}") from error

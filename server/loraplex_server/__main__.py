@@ -46,6 +46,7 @@ def _option(name: str, default: Any = None, **more: Any) -> Any:
 @_option("--drain-seconds", _SERVER.drain_seconds, type=click.IntRange(0), help="To finish in when told to stop.")
 @_option("--kv-cache-bytes", _ENGINE.kv_cache_bytes, type=click.IntRange(1), help="Memory for keys and values.")
 @_option("--no-prefix-cache", is_flag=True, help="Compute every prompt whole, even where one began alike before.")
+@_option("--no-golden-check", is_flag=True, help="Do not ask adapters the golden prompts of their receipts.")
 @_option("--adapter-weight", multiple=True, metavar="NAME=NUMBER", help="Its share beside the others' 1; repeatable.")
 @_option("--lean", is_flag=True, help="On a CPU without AMX, keep 4-bit weights once, not twice; slow with many rows.")
 @_option("--no-kernels", is_flag=True, help="Compute by torch, bitsandbytes and peft alone, which is slower.")
@@ -109,6 +110,7 @@ def _config(options: dict[str, Any]) -> ServerConfig:
         max_model_len=options["max_model_len"],
         kv_cache_bytes=options["kv_cache_bytes"],
         prefix_cache=not options["no_prefix_cache"],
+        check_goldens=not options["no_golden_check"],
         lean=options["lean"],
         kernels=not options["no_kernels"],
         cuda_graphs=not options["no_cuda_graphs"],

@@ -117,6 +117,9 @@ class Metrics:
             "lora_adapter_load_seconds", "Moving one adapter between tiers.", "transition", _LOAD_SECONDS
         )
         self._load_failures = counter("lora_adapter_load_failures_total", "Adapters that did not load.", "reason")
+        self._golden_checks = counter(
+            "lora_golden_checks_total", "Adapters whose golden prompts were computed.", "result"
+        )
         self._lookups = counter("lora_adapter_cache_lookups_total", "Times a tier was asked for an adapter.", "tier")
         self._hits = counter("lora_adapter_cache_hits_total", "Times the tier held it.", "tier")
         self._evictions = counter("lora_adapter_cache_evictions_total", "Adapters a tier gave up for room.", "tier")
@@ -171,6 +174,10 @@ class Metrics:
 
     def adapter_load_failed(self, reason: str) -> None:
         self._load_failures.labels(reason).inc()
+
+    def golden_check(self, result: str) -> None:
+        """`result` is passed, other_quantization, refused or failed."""
+        self._golden_checks.labels(result).inc()
 
     def cache_lookup(self, tier: str, hit: bool) -> None:
         self._lookups.labels(tier).inc()

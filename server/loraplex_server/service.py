@@ -242,7 +242,7 @@ class Service:
         return self._remember(self.registry.resolve(ref))
 
     async def load(self, version: Version, pinned: bool) -> None:
-        """Bring an adapter to host memory and wait until it is there; ``pinned``: and keep it.
+        """Bring an adapter to host memory, wait until it is there and proven; ``pinned``: and keep it.
 
         Raises:
             AdapterRefused: it does not fit, or too many are kept already.
@@ -268,7 +268,7 @@ class Service:
             residency.collect()
             if version.digest not in residency.in_host and version.digest not in residency.loading:
                 residency.want(version.digest)  # raises what became of it
-            return version.digest in residency.in_host
+            return version.digest in residency.in_host and engine.proven(version.digest)
 
         try:
             await self.loop.ask(begin)

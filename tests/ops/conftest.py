@@ -49,6 +49,7 @@ def traffic() -> Callable[[Metrics], None]:
         metrics.adapter_load("disk_to_host", 0.03)
         metrics.adapter_load("host_to_device", 0.004)
         metrics.adapter_load_failed("AdapterRefused")
+        metrics.golden_check("refused")
 
     return once
 

@@ -40,6 +40,7 @@ EVERYTHING = {
         "maxQueue": 64,
         "kvCacheBytes": 68_719_476_736,
         "requestTimeout": 1_000_000,
+        "goldenCheck": False,
         "prefixCache": False,
         "lean": True,
         "apiKeys": {"existingSecret": "keys"},
@@ -422,7 +423,7 @@ def test_every_variable_is_one_that_the_server_reads(chart: Any):
 def test_shares_of_the_service_are_given_by_name(chart: Any):
     (container,) = server(render(chart, EVERYTHING))["containers"]
     assert {"--adapter-weight=team/a=2", "--adapter-weight=base=0.5"} <= set(container["args"])
-    assert {"--no-prefix-cache", "--lean"} <= set(container["args"])
+    assert {"--no-golden-check", "--no-prefix-cache", "--lean"} <= set(container["args"])
 
 
 @pytest.mark.parametrize("name", ["server", "registry"])

@@ -16,8 +16,9 @@ from peft import LoraConfig
 
 from loraplex_registry.base import BaseDescription
 from loraplex_registry.errors import InvalidAdapter
+from loraplex_registry.receipt import Receipt
 from loraplex_registry.tensors import TensorInfo
-from loraplex_registry.validate import WEIGHTS, Limits, check_adapter
+from loraplex_registry.validate import WEIGHTS, CheckedAdapter, Limits, check_adapter
 from loraplex_server.adapters.memory import Block, HostMemory
 from loraplex_server.engine.errors import AdapterRefused
 from loraplex_server.kernels.native import addresses, native
@@ -36,6 +37,7 @@ class HostAdapter:
     config: LoraConfig
     tensors: dict[str, torch.Tensor]
     block: Block | None = None  # where all tensors lie, if that is one place
+    receipt: Receipt = field(default_factory=Receipt)  # an empty one, where the adapter has none
 
     @cached_property
     def host_bytes(self) -> int:
@@ -80,7 +82,8 @@ class AdapterReader:
 
         A load of many small calls waits for the interpreter after each of them: seconds in all, beside a busy engine.
         """
-        header = self._check(folder, values=False)  # nor are the files' digests asked for
+        checked = self._check(folder, values=False)  # nor are the files' digests asked for
+        header = checked.tensors
         counts = [prod(info.shape) for info in header.values()]
         starts = [0, *accumulate(-(-count // _ALIGNED) * _ALIGNED for count in counts)]
         flat, block = self.memory.bfloat16(starts.pop())
@@ -97,16 +100,16 @@ class AdapterReader:
             return None
         parts = zip(header.items(), counts, starts, strict=True)
         tensors = {name: flat[start : start + count].view(info.shape) for (name, info), count, start in parts}
-        return HostAdapter(key, _config(folder), tensors, block)
+        return HostAdapter(key, _config(folder), tensors, block, checked.receipt)
 
     def _tensor_by_tensor(self, key: str, folder: Path) -> HostAdapter:
-        header = self._check(folder, values=True)
-        mapped = _mapped(folder / WEIGHTS, header).items()
+        checked = self._check(folder, values=True)
+        mapped = _mapped(folder / WEIGHTS, checked.tensors).items()
         tensors = {name: _in_memory(name, tensor, self.pin, self.dtype or tensor.dtype) for name, tensor in mapped}
-        return HostAdapter(key, _config(folder), tensors)
+        return HostAdapter(key, _config(folder), tensors, receipt=checked.receipt)
 
-    def _check(self, folder: Path, values: bool) -> dict[str, TensorInfo]:
-        return check_adapter(folder, self.base, Limits(max_rank=self.max_rank), files=(), values=values).tensors
+    def _check(self, folder: Path, values: bool) -> CheckedAdapter:
+        return check_adapter(folder, self.base, Limits(max_rank=self.max_rank), files=(), values=values)
 
 
 def _config(folder: Path) -> LoraConfig:

@@ -45,6 +45,7 @@ class Observer(Protocol):
     def cache_lookup(self, tier: str, hit: bool) -> None: ...
     def adapter_load(self, transition: str, seconds: float) -> None: ...
     def adapter_load_failed(self, reason: str) -> None: ...
+    def golden_check(self, result: str) -> None: ...
     def evicted(self, tier: str) -> None: ...
 
 
@@ -54,6 +55,7 @@ class Unobserved:
     def cache_lookup(self, tier: str, hit: bool) -> None: ...
     def adapter_load(self, transition: str, seconds: float) -> None: ...
     def adapter_load_failed(self, reason: str) -> None: ...
+    def golden_check(self, result: str) -> None: ...
     def evicted(self, tier: str) -> None: ...
 
 
@@ -117,6 +119,10 @@ class Residency:
         """What the adapters in host memory take."""
         return sum(adapter.host_bytes for adapter in self._host.values())
 
+    def held(self, key: str) -> HostAdapter | None:
+        """An adapter that is in host memory, else None."""
+        return self._host.get(key)
+
     def put(self, adapter: HostAdapter) -> None:
         """Hand over an adapter that was read elsewhere; one of its key that is here already makes way for it.
 
@@ -179,6 +185,12 @@ class Residency:
             self._leaving.add(key)
         else:
             self._drop(key)
+
+    def refuse(self, key: str, error: Exception, for_good: bool) -> None:
+        """Drop an adapter, and give this error to who asks for it: for RETRY_SECONDS, or until it is unloaded."""
+        assert not self._pins[key]
+        self._drop(key)
+        self._remember_failure(key, error, inf if for_good else None)
 
     def collect(self) -> None:
         """Take finished loads over into host memory, or remember how they failed; start what has room now."""
@@ -265,8 +277,8 @@ class Residency:
         self._observer.adapter_load("disk_to_host", time.perf_counter() - started)
         return adapter
 
-    def _remember_failure(self, key: str, error: Exception) -> None:
-        self._failed[key] = (time.monotonic(), error)
+    def _remember_failure(self, key: str, error: Exception, at: float | None = None) -> None:
+        self._failed[key] = (time.monotonic() if at is None else at, error)
         self._observer.adapter_load_failed(type(error).__name__)
 
     def _refuse_too_large(self, adapter: HostAdapter) -> None:

@@ -18,6 +18,7 @@ class EngineConfig:
     max_model_len: int | None = None  # tokens of prompt and completion together; None: what the base allows
     kv_cache_bytes: int = 1 << 30
     page_tokens: int = 16
+    check_goldens: bool = True  # an adapter has to answer the golden prompts of its receipt before it answers others
     prefix_cache: bool = True  # share the pages of requests that begin alike under one adapter
     lean: bool = False  # True: keep one layout of 4-bit weights on a CPU, and be slow with many rows
     paged: bool = True  # False: the slow reference runner

@@ -3,6 +3,7 @@
 Owns the requests from the moment they are added until their last delta is handed out.
 """
 
+import logging
 import os
 import sys
 import threading
@@ -27,6 +28,7 @@ from loraplex_server.engine.batch import Batch
 from loraplex_server.engine.config import EngineConfig
 from loraplex_server.engine.detokenize import Detokenizer
 from loraplex_server.engine.errors import AdapterRefused, BaseUnusable, BrokenLogits, InvalidRequest
+from loraplex_server.engine.goldens import GoldenChecks, Result, Verdict
 from loraplex_server.engine.kv_cache import KVPages
 from loraplex_server.engine.lora import Routing
 from loraplex_server.engine.model import Base
@@ -36,6 +38,8 @@ from loraplex_server.engine.runner import make_runner
 from loraplex_server.engine.sampler import BROKEN, Sampler
 from loraplex_server.engine.scheduler import Scheduler
 from loraplex_server.engine.scores import score_prompts, score_sampled
+
+log = logging.getLogger(__name__)
 
 LOAD_NICENESS = 10
 _REMEMBERED = 4  # times what the most rows can use: so much a prefix cache may hold
@@ -65,11 +69,12 @@ class Delta:
 
 @dataclass(frozen=True)
 class Completion:
-    """A whole answer."""
+    """A whole answer; ``scores`` are its tokens', where they are wanted."""
 
     text: str
     token_ids: list[int]
     finish_reason: FinishReason
+    scores: tuple[TokenScore, ...] = ()
 
 
 def _stand_back() -> None:
@@ -123,6 +128,9 @@ class Engine:
         self._reader = AdapterReader(
             base.description, config.max_rank, pin=base.device.type == "cuda", dtype=backend.lora_dtype if cpu else None
         )
+        self._observer = observer or Unobserved()
+        self._wake = wake
+        self._goldens = GoldenChecks(base.quantization, lambda token_id: str(base.tokenizer.decode([token_id])))
         self.device = DeviceAdapters(base.model, config.max_loras, backend.lora_dtype, routing)
         self.residency = Residency(
             self.device,
@@ -130,7 +138,7 @@ class Engine:
             ThreadPoolExecutor(2, "adapter-load", _stand_back),
             config.max_loras,
             config.max_host_loras,
-            observer or Unobserved(),
+            self._observer,
             wake,
             lambda: {request.adapter for request in self.scheduler.waiting if request.adapter},
             config.max_host_bytes,
@@ -160,6 +168,7 @@ class Engine:
         if users := sum(r.adapter == name for r in (*self.scheduler.running, *self.scheduler.waiting)):
             raise AdapterRefused(f"adapter {name!r} is used by {users} requests, expected none while it is replaced")
         self.residency.put(adapter)
+        self._goldens.forget(name)
         self.pages.forget_adapter(name)
         self._folders[name] = Path(folder)
 
@@ -213,7 +222,41 @@ class Engine:
             self._end(request, FinishReason.ABORT)
 
     def step(self) -> list[Delta]:
-        """Compute some tokens of some requests; a request whose adapter or forward failed ends with its error."""
+        """Compute some tokens of some requests; a request whose adapter or forward failed ends with its error.
+
+        What golden prompts were answered is nobody's but ours.
+        """
+        deltas = []
+        for delta in self._step():
+            if not self._goldens.owns(delta.request):
+                deltas.append(delta)
+                continue
+            if verdict := self._goldens.take(delta.request, delta.score):
+                self._judged(verdict)
+            self._wake()  # nobody sees that something was done: there may be more to do
+        return deltas
+
+    def proven(self, adapter: str) -> bool:
+        """Whether an adapter may answer: it is in host memory, and its golden prompts, if any, came out right.
+
+        The first to ask has them computed, before all other requests that wait; `wake` tells when that is done.
+        """
+        if not self.config.check_goldens or self._goldens.passed(adapter):
+            return True
+        held = self.residency.held(adapter)
+        if held and not self._goldens.running(adapter):
+            try:
+                asked = self._goldens.begin(adapter, held.receipt, self.check)
+            except InvalidRequest as error:
+                self._judged(Verdict(adapter, Result.REFUSED, f"its golden prompts cannot be computed here: {error}"))
+                asked = []
+            for request in asked:
+                self._detokenizers[request.id] = Detokenizer(self.base.tokenizer, request.prompt_ids)
+            self.scheduler.add_first(asked)
+            self._wake()  # they, or the verdict, come with the next step
+        return self._goldens.passed(adapter)
+
+    def _step(self) -> list[Delta]:
         failed: list[Delta] = []
         self._reader.share.value, self._install_left = self._shares()
         batch = self.scheduler.schedule(
@@ -244,19 +287,28 @@ class Engine:
             Exception: what the first failing request failed with.
         """
         adapters = [adapter] * len(prompts) if adapter is None or isinstance(adapter, str) else list(adapter)
-        requests = [
-            Request(f"generate-{next(self._ids)}", self._prompt_ids(prompt), params, key, monotonic())
-            for prompt, key in zip(prompts, adapters, strict=True)
-        ]
-        todo, texts = list(reversed(requests)), {request.id: "" for request in requests}
+        return self.run(
+            [
+                Request(f"generate-{next(self._ids)}", self._prompt_ids(prompt), params, key, monotonic())
+                for prompt, key in zip(prompts, adapters, strict=True)
+            ]
+        )
+
+    def run(self, requests: Sequence[Request]) -> list[Completion]:
+        """Answer requests and wait for all of them.
+
+        Raises:
+            Exception: what the first failing request failed with.
+        """
+        todo, deltas = list(reversed(requests)), {request.id: [] for request in requests}
         while todo or self.has_work:
             while todo and len(self.scheduler.waiting) < self.config.max_waiting:
                 self.add(todo.pop())
             for delta in self.step():
-                texts[delta.request.id] += delta.text
+                deltas[delta.request.id].append(delta)
                 if delta.request.error:
                     raise delta.request.error
-        return [Completion(texts[r.id], r.output_ids, r.finish_reason or FinishReason.ERROR) for r in requests]
+        return [_completion(request, deltas[request.id]) for request in requests]
 
     def _prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
         return text_ids(self.base.tokenizer, prompt) if isinstance(prompt, str) else list(prompt)
@@ -294,10 +346,20 @@ class Engine:
             if place is Place.LOADING and self._install_left > 0:  # it may well be done in time for this step
                 self._install()
                 place = self.residency.want(request.adapter)
-            return place
+            # An unproven one never has no slot: what it waits for is its golden prompts, and they ask for the slot.
+            return place if self._goldens.owns(request) or self.proven(request.adapter) else Place.LOADING
         except Exception as error:  # whatever the registry or the file had to say is this request's answer
             failed.append(self._fail(request, error))
             return Place.LOADING
+
+    def _judged(self, verdict: Verdict) -> None:
+        self._observer.golden_check(verdict.result)
+        if verdict.result is Result.REFUSED:
+            self.residency.refuse(verdict.adapter, AdapterRefused(verdict.reason), for_good=True)
+        elif verdict.error:
+            self.residency.refuse(verdict.adapter, verdict.error, for_good=False)
+        elif verdict.reason:
+            log.warning("adapter %s: %s", verdict.adapter, verdict.reason)
 
     def _pin(self, request: Request) -> None:
         if request.adapter is not None:
@@ -363,6 +425,11 @@ class Engine:
         self._release(request)
         self._sampler.forget(request)
         self._detokenizers.pop(request.id, None)
+
+
+def _completion(request: Request, deltas: Sequence[Delta]) -> Completion:
+    text, scores = "".join(delta.text for delta in deltas), tuple(delta.score for delta in deltas if delta.score)
+    return Completion(text, request.output_ids, request.finish_reason or FinishReason.ERROR, scores)
 
 
 def _make_pages(base: Base, config: EngineConfig, max_tokens: int) -> KVPages:

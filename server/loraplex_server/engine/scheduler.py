@@ -6,7 +6,7 @@ but not device slots, adapters are paused: their requests wait, with their pages
 """
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 
 from loraplex_server.adapters.residency import Place
@@ -52,6 +52,13 @@ class Scheduler:
         self.service.arrived(request.adapter, {r.adapter for r in (*self.waiting, *self.running)})
         request.order = next(self._arrivals)
         self.waiting.append(request)
+
+    def add_first(self, requests: Sequence[Request]) -> None:
+        """Queue requests of the engine's own before all others, beyond the limit."""
+        for request in reversed(requests):
+            self.service.arrived(request.adapter, {r.adapter for r in (*self.waiting, *self.running)})
+            request.order = next(self._arrivals)
+            self.waiting.appendleft(request)
 
     def schedule(
         self,
