@@ -1,16 +1,28 @@
 """The held-out scores: made by the serving engine, checked against transformers' own generation with peft."""
 
+import json
+import shutil
+
+import httpx
 import pytest
 import torch
+from click.testing import CliRunner
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from serving import serving
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from loraplex_registry.cli import cli as registry_command
+from loraplex_registry.registry import Registry
+from loraplex_server.app import create_app
+from loraplex_server.config import ServerConfig
+from loraplex_trainer.card import _cell
 from loraplex_trainer.config import load_config
 from loraplex_trainer.data import read_split
-from loraplex_trainer.evaluate import exact_match, tag_f1
+from loraplex_trainer.metrics import exact_match, find_metric, tag_f1
 
 LEARN = {"max_steps": 80, "batch_size": 16, "learning_rate": 2e-2}
-SHORT = {"metric": "tag_f1", "max_tokens": 16}
+QUIET = {"general": "none", "samples": 0, "goldens": 0}
+SHORT = {"metric": "tag_f1", "max_tokens": 16, **QUIET}
 
 
 @pytest.mark.parametrize(
@@ -51,6 +63,22 @@ def reference_answers(base_folder, adapter_folder, prompts, max_tokens):
     return answers
 
 
+@torch.no_grad()
+def reference_loss(base_folder, adapter_folder, config):
+    """Mean nats of the answer tokens and the EOS after them, by transformers and peft."""
+    tokenizer = AutoTokenizer.from_pretrained(base_folder)
+    model = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
+    model = PeftModel.from_pretrained(model, adapter_folder) if adapter_folder else model
+    losses = []
+    heldout = read_split(config.data.heldout, config.data)
+    for prompt, completion in zip(heldout.prompts, heldout.completions, strict=True):
+        start = len(tokenizer(prompt).input_ids)
+        ids = torch.tensor([[*tokenizer(prompt + completion).input_ids, tokenizer.eos_token_id]])
+        logprobs = model(input_ids=ids).logits[0].log_softmax(-1)
+        losses += [-logprobs[at - 1, ids[0, at]].item() for at in range(start, ids.shape[1])]
+    return sum(losses) / len(losses)
+
+
 def test_the_scores_are_those_of_transformers_and_peft(write_run, train, receipt, base_folder, tmp_path):
     path = write_run(training=LEARN, evaluation=SHORT)
     result = train(path)
@@ -62,17 +90,19 @@ def test_the_scores_are_those_of_transformers_and_peft(write_run, train, receipt
         scores = [tag_f1(text, truth) for (text, _), truth in zip(answers, heldout.completions, strict=True)]
         expected[f"{prefix}tag_f1"] = sum(scores) / len(scores)
         expected[f"{prefix}stop_rate"] = sum(stopped for _, stopped in answers) / len(answers)
-    base_stop_rate = expected.pop("base_stop_rate")
-    assert receipt()["metrics"] == pytest.approx(expected)
+        expected[f"{prefix}heldout_loss"] = reference_loss(base_folder, folder, config)
+    assert receipt()["metrics"] == pytest.approx(expected, abs=1e-4)
+    assert expected["heldout_loss"] == pytest.approx(receipt()["losses"]["heldout"], abs=1e-4)  # the trainer's own
     # The EOS was learnt: the random base does not stop, its adapter does; and it answers with some of the tags.
-    assert base_stop_rate < 0.2 and expected["stop_rate"] > 0.8
+    assert expected["base_stop_rate"] < 0.2 and expected["stop_rate"] > 0.8
     assert expected["base_tag_f1"] == 0.0 and expected["tag_f1"] > 0.1
-    assert f"{expected['tag_f1']:.3f}" in result.stdout and "stop_rate" in result.stdout
+    assert f"{expected['tag_f1']:.4f}" in result.stdout and "stop_rate" in result.stdout
 
 
 def test_a_4_bit_base_is_scored_in_4_bit(write_run, train, receipt):
     train(write_run(base__quantization="nf4", training=LEARN, evaluation=SHORT | {"metric": "exact_match"}))
-    assert receipt()["metrics"].keys() == {"exact_match", "stop_rate", "base_exact_match"}
+    names = ("heldout_loss", "exact_match", "stop_rate")
+    assert receipt()["metrics"].keys() == {f"{prefix}{name}" for prefix in ("", "base_") for name in names}
     assert receipt()["metrics"]["stop_rate"] > 0.8
 
 
@@ -80,3 +110,171 @@ def test_prompts_without_room_for_an_answer_are_refused_before_training(write_ru
     result = train(write_run(evaluation={"metric": "tag_f1", "max_tokens": 250}), exit_code=2)
     assert "evaluation.max_tokens = 250" in result.stderr and "256" in result.stderr
     assert "step 1/" not in result.stdout
+
+
+def test_forgetting_is_measured_on_general_text_with_and_without_the_adapter(
+    write_run, train, receipt, base_folder, tmp_path
+):
+    text = "2 + 2 = 4; 7 * 8 = 56; 19 - 3 = 16; 81 / 9 = 9. " * 4
+    (tmp_path / "general.txt").write_text(text)
+    general = {**QUIET, "general": str(tmp_path / "general.txt")}
+    train(write_run(training=LEARN, evaluation=general))
+    tokenizer = AutoTokenizer.from_pretrained(base_folder)
+    ids = torch.tensor([tokenizer(text).input_ids])
+    assert ids.shape[1] < 256
+    for key, folder in (("general_loss", tmp_path / "adapters/tagger"), ("base_general_loss", None)):
+        model = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
+        model = PeftModel.from_pretrained(model, folder) if folder else model
+        with torch.no_grad():
+            assert receipt()["metrics"][key] == pytest.approx(model(input_ids=ids, labels=ids).loss.item(), abs=1e-4)
+    assert receipt()["metrics"]["general_loss"] > receipt()["metrics"]["base_general_loss"]  # it forgot
+
+
+def test_the_text_that_comes_along_is_scored_by_default(write_run, train, receipt):
+    train(write_run(evaluation={}))
+    assert {"general_loss", "base_general_loss"} <= receipt()["metrics"].keys()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"), [(None, "No such file"), (b"\xff\xfe", "not UTF-8"), (b"  \n", "holds no text")]
+)
+def test_general_text_that_is_none_is_told_before_training(write_run, train, tmp_path, content, said):
+    file = tmp_path / "general.txt"
+    if content is not None:
+        file.write_bytes(content)
+    result = train(write_run(evaluation={"general": str(file)}), exit_code=2)
+    assert "evaluation.general" in result.stderr and said in result.stderr and "step 1/" not in result.stdout
+
+
+METRIC = """
+from statistics import fmean
+
+def lengths(answers, truths):
+    assert len(answers) == len(truths) == 8
+    return {"words": fmean(len(a.split()) for a in answers), "commas": fmean(a.count(",") for a in answers)}
+
+def half(answers, truths):
+    return 0.5
+
+def text(answers, truths):
+    return "good"
+
+def broken(answers, truths):
+    raise KeyError("no such tag")
+"""
+
+
+def test_a_metric_can_be_a_function_of_the_users(write_run, train, receipt, tmp_path):
+    (tmp_path / "mine.py").write_text(METRIC)
+    train(write_run(evaluation={**SHORT, "metric": f"python: {tmp_path}/mine.py:lengths"}))
+    assert {"words", "commas", "base_words", "base_commas", "stop_rate"} <= receipt()["metrics"].keys()
+    train(write_run(evaluation={**SHORT, "metric": f"python:{tmp_path}/mine.py:half"}))
+    assert receipt()["metrics"]["half"] == receipt()["metrics"]["base_half"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [("gone.py:half", "no such file"), ("mine.py:gone", "no function 'gone'"), ("bad.py:half", "ZeroDivisionError")],
+)
+def test_a_metric_that_is_not_there_is_told_before_training(write_run, train, tmp_path, what, said):
+    (tmp_path / "mine.py").write_text(METRIC)
+    (tmp_path / "bad.py").write_text("1 / 0")
+    result = train(write_run(evaluation={**SHORT, "metric": f"python: {tmp_path}/{what}"}), exit_code=2)
+    assert "evaluation.metric" in result.stderr and said in result.stderr and "step 1/" not in result.stdout
+
+
+@pytest.mark.parametrize(("function", "said"), [("broken", "KeyError"), ("text", "'good'")])
+def test_a_metric_that_fails_costs_no_training(write_run, train, receipt, tmp_path, function, said):
+    (tmp_path / "mine.py").write_text(METRIC)
+    run = write_run(evaluation={**SHORT, "metric": f"python: {tmp_path}/mine.py:{function}"})
+    result = train(run, exit_code=1)
+    assert said in result.stderr and "--resume" in result.stderr
+    result = train(run, "--resume", f"evaluation.metric=python:{tmp_path}/mine.py:half")
+    assert "step 1/" not in result.stdout and receipt()["metrics"]["half"] == 0.5
+
+
+def test_rouge_l_knows_words_of_any_alphabet():
+    rouge_l = find_metric("rouge_l")
+    assert rouge_l
+    assert rouge_l(["the cat sat"], ["the cat sat on the mat"])["rouge_l"] == pytest.approx(2 / 3)
+    assert rouge_l(["고양이가 앉았다", "강"], ["고양이가 앉았다", "산"])["rouge_l"] == pytest.approx(0.5)
+
+
+def test_fewer_examples_can_be_scored(write_run, train, receipt):
+    train(write_run(evaluation={**SHORT, "examples": 1, "metric": "exact_match"}))
+    assert receipt()["metrics"]["stop_rate"] in (0.0, 1.0)
+
+
+def test_the_goldens_are_what_transformers_and_peft_say(write_run, train, receipt, base_folder, tmp_path):
+    train(write_run(training=LEARN, evaluation={**QUIET, "goldens": 2}))
+    goldens = receipt()["goldens"]
+    assert len(goldens) == 2 and goldens[0]["ids"] != goldens[1]["ids"]
+    tokenizer = AutoTokenizer.from_pretrained(base_folder)
+    for golden in goldens:
+        assert tokenizer.decode(golden["ids"], skip_special_tokens=True) == golden["text"] and golden["text"].endswith(
+            " ->:"
+        )
+        for who, folder in (("adapter", tmp_path / "adapters/tagger"), ("base", None)):
+            model = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
+            model = PeftModel.from_pretrained(model, folder) if folder else model
+            with torch.no_grad():
+                logprobs = model(input_ids=torch.tensor([golden["ids"]])).logits[0, -1].log_softmax(-1)
+            values, ids = logprobs.topk(10)
+            assert [token_id for token_id, _ in golden[who]] == ids.tolist()
+            assert [logprob for _, logprob in golden[who]] == pytest.approx(values.tolist(), abs=1e-4)
+
+
+def test_the_card_shows_scores_and_samples_and_is_the_same_for_the_same_run(write_run, train, receipt, tmp_path):
+    evaluation = {"metric": "tag_f1", "max_tokens": 8, "samples": 2}
+    for name in ("tagger", "again"):
+        train(write_run(name=name, evaluation=evaluation))
+    card = (tmp_path / "adapters/tagger/README.md").read_text()
+    assert card.replace("# tagger", "# again") == (tmp_path / "adapters/again/README.md").read_text()
+    assert f"| tag_f1 | {receipt()['metrics']['base_tag_f1']:.4f} | {receipt()['metrics']['tag_f1']:.4f} |" in card
+    samples = card.partition("## Samples")[2].strip().splitlines()
+    assert len(samples) == 6 and all(line.count(" | ") == 2 for line in samples[2:])
+    with Registry(tmp_path / "registry") as registry:
+        version = registry.push("tagger", tmp_path / "adapters/tagger")
+        assert version.description.startswith("An adapter of ") and "48 examples" in version.description
+        assert registry.card(version.digest) == card
+
+
+def test_markup_in_a_sample_stays_text():
+    assert _cell("a | <b>*x*\n`y` _z_ [l](u)\x07") == (
+        "a &#124; &lt;b&gt;&#42;x&#42;<br>&#96;y&#96; &#95;z&#95; &#91;l&#93;(u)\ufffd"
+    )
+
+
+def test_a_promotion_requires_what_was_measured(write_run, train, receipt, tmp_path):
+    train(write_run(training=LEARN, evaluation=SHORT))
+    score = receipt()["metrics"]["tag_f1"]
+    shell = CliRunner()
+    where = ["--registry", str(tmp_path / "registry")]
+    pushed = shell.invoke(registry_command, ["push", "tagger", str(tmp_path / "adapters/tagger"), *where])
+    assert pushed.exit_code == 0, pushed.output
+    promote = ["promote", "tagger:1", "--to", "production", *where, "--require"]
+    refused = shell.invoke(registry_command, [*promote, f"tag_f1>={score + 0.01}"])
+    assert refused.exit_code == 1 and "tag_f1" in refused.output
+    assert shell.invoke(registry_command, [*promote, f"tag_f1>={score - 0.01}"]).exit_code == 0
+    assert shell.invoke(registry_command, [*promote, "heldout_loss<9"]).exit_code == 0
+
+
+def test_a_trained_adapter_is_served_on_its_base_and_refused_on_another(write_run, train, base_folder, tmp_path):
+    """The loop closed: what the trainer wrote down, the server finds, on 4 bits; on other weights it says so."""
+    train(write_run(base__quantization="nf4", training=LEARN, evaluation={**QUIET, "goldens": 3}))
+    other = shutil.copytree(base_folder, tmp_path / "other")
+    torch.manual_seed(5)
+    LlamaForCausalLM(LlamaConfig.from_pretrained(base_folder)).save_pretrained(other)
+    receipt_file = tmp_path / "adapters/tagger/receipt.json"
+    written = json.loads(receipt_file.read_text())
+    written["base"] |= {"fingerprint": None, "path": None}
+    receipt_file.write_text(json.dumps(written))
+    for base, status in ((base_folder, 200), (other, 422)):
+        with Registry(tmp_path / f"registry-{status}") as registry:
+            registry.push("tagger", tmp_path / "adapters/tagger", base=base)
+        config = ServerConfig(str(base), dtype="float32", device="cpu", registry=str(tmp_path / f"registry-{status}"))
+        with serving(create_app(config)) as url:
+            body = {"prompt": "river ->:", "adapter": "tagger", "max_tokens": 4}
+            answer = httpx.post(f"{url}/v1/completions", json=body, timeout=60)
+            assert answer.status_code == status, answer.text
+    assert "golden prompt" in answer.text

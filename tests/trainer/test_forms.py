@@ -338,7 +338,9 @@ def test_a_conversation_is_scored_on_its_last_answer(write_run, train, receipt, 
     steps = {"max_steps": 60, "batch_size": 2, "learning_rate": 2e-2}
     train(write_run(data=data, training=steps, evaluation={"metric": "exact_match", "max_tokens": 12}))
     written = receipt()
-    assert written["metrics"] == {"exact_match": 1.0, "stop_rate": 1.0, "base_exact_match": 0.0}
+    scored = {key: written["metrics"][key] for key in ("exact_match", "stop_rate", "base_exact_match")}
+    assert scored == {"exact_match": 1.0, "stop_rate": 1.0, "base_exact_match": 0.0}
+    assert written["mask"] == {"loss_on": ["assistant"], "end_of_sequence": True}
     assert written["template"].keys() == {"form", "chat", "stop"} and written["template"]["form"] == "usr_bot"
 
 

@@ -146,6 +146,7 @@ def test_the_receipt_says_what_the_adapter_was_made_of(write_run, train, receipt
     folder = tmp_path / "adapters/tagger"
     assert sorted(path.name for path in folder.iterdir()) == [
         ".training",
+        "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
         "receipt.json",
@@ -168,11 +169,13 @@ def test_the_receipt_says_what_the_adapter_was_made_of(write_run, train, receipt
         assert 0 < written["data"][name]["answer_tokens"] < written["data"][name]["tokens"]
     for name, digest in written["files"].items():
         assert digest == "sha256:" + hashlib.sha256((folder / name).read_bytes()).hexdigest()
-    assert written["files"].keys() == {"adapter_config.json", "adapter_model.safetensors"}
+    assert written["files"].keys() == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
     assert written["template"] == {"form": "prompt_completion", "prompt": "{quote} ->:", "completion": " {tags}"}
+    assert written["mask"] == {"loss_on": ["completion"], "end_of_sequence": True}
     assert written["versions"]["torch"] == torch.__version__ and written["versions"]["bitsandbytes"]
     assert written["losses"]["train_last"] < written["losses"]["train_first"]
-    assert written["losses"]["heldout"] > 0 and written["parent"] is None and written["metrics"] == {}
+    assert written["losses"]["heldout"] > 0 and written["parent"] is None
+    assert written["metrics"].keys() == {"heldout_loss", "base_heldout_loss"} and written["goldens"] == []
     assert written["wall_seconds"] > 0 and written["peak_memory_bytes"] > 50_000_000
     assert written["hardware"]["cores"] >= 1 and written["hardware"]["cpu"]
     assert socket.gethostname() not in json.dumps(written["hardware"])

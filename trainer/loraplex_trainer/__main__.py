@@ -8,6 +8,7 @@ import shlex
 import sys
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import click
 from rich.console import Console
@@ -62,13 +63,13 @@ def train(run_file: Path, overrides: tuple[str, ...], resume: bool, checking: bo
 
         folder = train(config, resume=resume, console=console)
     except Interrupted as stop:
-        _end(f"{stop}; go on with: {go_on}", stop.exit_code)
+        end(f"{stop}; go on with: {go_on}", stop.exit_code)
     except KeyboardInterrupt:
-        _end(f"interrupted; a run that had begun goes on with: {go_on}", 130)
+        end(f"interrupted; a run that had begun goes on with: {go_on}", 130)
     except TrainerError as error:
-        _end(f"error: {error}", error.exit_code)
+        end(f"error: {error}", error.exit_code)
     except (EngineError, OSError) as error:
-        _end(f"error: {error}", 2 if checking else 1)
+        end(f"error: {error}", 2 if checking else 1)
     else:
         console.print(f"adapter: {folder}\nnext:    registry push {config.name}", markup=False, soft_wrap=True)
 
@@ -90,7 +91,8 @@ def _is_follower() -> bool:
     return int(os.environ.get("RANK", "0")) > 0
 
 
-def _end(message: str, exit_code: int) -> None:
+def end(message: str, exit_code: int) -> NoReturn:
+    """One line on stderr, and the exit code."""
     if not _is_follower():
         click.echo(" ".join(message.split()), err=True)
     sys.exit(exit_code)

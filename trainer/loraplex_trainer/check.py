@@ -21,6 +21,7 @@ from loraplex_trainer.adapter import adapter_weights, attach_adapter, load_weigh
 from loraplex_trainer.config import RunConfig
 from loraplex_trainer.data import Encoded, read_splits, steps_in_epoch
 from loraplex_trainer.encoding import Example, encoder_for
+from loraplex_trainer.evaluate import Plan
 from loraplex_trainer.loop import Loop
 from loraplex_trainer.memory import MemoryEstimate, base_bytes, empty_base, estimate_memory
 from loraplex_trainer.parent import find_parent
@@ -38,6 +39,7 @@ def check(config: RunConfig, console: Console, *, timing: bool) -> None:
     """Prints the report. Raises what `train` would raise before its first step: TrainerError and EngineError."""
     check_packages(config)
     splits = read_splits(config.data)
+    Plan.of(config.evaluation)
     say_what_is_the_same(splits, config.data.on_leak, console)
     base = empty_base(config.base)
     encoded = encode_splits(config, splits, base, encoder_for(base, config.data), console)

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Discriminator,
@@ -27,6 +28,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
+from loraplex_registry.goldens import PROMPTS
 from loraplex_registry.reference import check_name
 from loraplex_server.engine.chat_templates import NAMES
 from loraplex_trainer.errors import ConfigError
@@ -38,6 +40,15 @@ Momentum = Annotated[float, Field(ge=0.0, lt=1.0)]
 Every = PositiveInt | Literal["epoch"]  # steps
 ADAM = ("adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit")
 Roles = Annotated[tuple[Literal["system", "user", "assistant"], ...], Field(min_length=1)]
+
+
+def _checked_metric(name: str) -> str:
+    if not re.fullmatch(r"python:\s*\S.*\.py:[A-Za-z_]\w*", name):
+        raise ValueError("'python: path/to/file.py:function'")
+    return name
+
+
+UserMetric = Annotated[str, AfterValidator(_checked_metric)]
 
 
 class Section(BaseModel):
@@ -214,8 +225,26 @@ class TrainingSection(Section):
 
 
 class EvaluationSection(Section):
-    metric: Literal["tag_f1", "exact_match", "none"] = "none"
+    metric: Literal["tag_f1", "exact_match", "rouge_l", "none"] | UserMetric = "none"
     max_tokens: PositiveInt = 32
+    examples: PositiveInt | None = None
+    general: str = Field(default="default", min_length=1)
+    samples: int = Field(default=3, ge=0, le=20)
+    sample_temperature: float = Field(default=0.5, ge=0.0, le=2.0)
+    sample_top_p: float = Field(default=0.9, gt=0.0, le=1.0)
+    goldens: int = Field(default=3, ge=0, le=PROMPTS)
+
+
+class PushSection(Section):
+    every: Literal["never", "save", "epoch", "end"] = "never"
+    name: str | None = None
+    registry: str | None = None
+    wait_seconds: NonNegativeFloat = 60.0
+
+    @field_validator("name")
+    @classmethod
+    def _is_a_registry_name(cls, name: str | None) -> str | None:
+        return name if name is None else check_name(name)
 
 
 class RunConfig(Section):
@@ -227,6 +256,7 @@ class RunConfig(Section):
     lora: LoraSection = LoraSection()
     training: TrainingSection = TrainingSection()
     evaluation: EvaluationSection = EvaluationSection()
+    push: PushSection = PushSection()
     output: Path = Path("adapters")
     report_to: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = ()
     logs: Path = Path("logs")
@@ -254,6 +284,13 @@ class RunConfig(Section):
             raise ValueError(disagreement)
         if self.training.evaluate_every is not None and self.data.heldout is None:
             raise ValueError("training.evaluate_every: it needs examples to measure the loss on: set data.heldout")
+        return self
+
+    @model_validator(mode="after")
+    def _a_push_has_its_time(self) -> Self:
+        given = self.push.model_fields_set - {"every"}
+        if self.push.every == "never" and given:
+            raise ValueError(f"push.{min(given)}: nothing is pushed unless push.every is save, epoch or end")
         return self
 
     @property

@@ -7,6 +7,8 @@ TrainerError
 ├── NotFinite(ArithmeticError)      the loss or its gradient became NaN or infinite
 ├── OutOfMemory(MemoryError)        a step did not fit
 ├── NotWritten(OSError)             the disk is full, or not to be written to
+├── EvaluationError(RuntimeError)   the user's metric failed; what was trained is in the checkpoint
+├── NotPushed(OSError)              all is done but for the registry, which did not take every save
 └── Interrupted                     the user or the system asked the run to stop; a checkpoint was saved
 """
 
@@ -67,6 +69,17 @@ class OutOfMemory(TrainerError, MemoryError):
 
 class NotWritten(TrainerError, OSError):
     """A file could not be written; what was there before is whole."""
+
+
+class EvaluationError(TrainerError, RuntimeError):
+    """The user's own metric raised, or gave what is no number. Nothing that was trained is lost."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(f"{message}; the training is done and kept: put it right, and --resume scores it again")
+
+
+class NotPushed(TrainerError, OSError):
+    """The run is done, and the registry has not got all that was to be pushed."""
 
 
 class Interrupted(TrainerError):

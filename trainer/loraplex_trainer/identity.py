@@ -15,6 +15,7 @@ _FREE_KEYS = (
     "evaluation",
     "report_to",
     "logs",
+    "push",
     "data.heldout",
     "training.save_every",
     "training.log_every_steps",

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loraplex_registry.base import BaseDescription
-from loraplex_registry.errors import InvalidAdapter, InvalidReference, NotFound
+from loraplex_registry.errors import InvalidAdapter, InvalidReference, NotFound, StoreUnavailable
 from loraplex_registry.reference import Reference
 from loraplex_registry.registry import Registry
 from loraplex_registry.remote import open_registry
@@ -42,19 +42,24 @@ def find_parent(config: RunConfig, base: BaseDescription, scratch: Path) -> Pare
             with Registry(scratch / "registry") as registry:
                 version = registry.push(config.name, folder, base=base)
             return Parent(folder.resolve().name, None, version.digest, folder)
-        version, files = _fetch(config, scratch / "parent")
-    except (InvalidReference, InvalidAdapter, NotFound) as error:
+        version, files = fetch_version(config.continue_from, config.registry, scratch / "parent")
+    except (InvalidReference, InvalidAdapter, NotFound, StoreUnavailable) as error:
         raise ConfigError(f"continue_from: {config.continue_from!r}: {error}") from error
     if version.base.fingerprint not in (None, base.fingerprint):
         raise ConfigError(f"continue_from: {version} is an adapter of another base than {base.id}")
     return Parent(version.name, version.number, version.digest, files)
 
 
-def _fetch(config: RunConfig, into: Path) -> tuple[Version, Path]:
-    reference = Reference.parse(config.continue_from or "")
-    where = config.registry or os.environ.get("LORAPLEX_REGISTRY") or str(Registry.default_root())
+def fetch_version(ref: str, registry: str | None, into: Path) -> tuple[Version, Path]:
+    """The version of a reference, and its files in the new folder `into`. Raises RegistryError."""
+    reference, where = Reference.parse(ref), registry_of(registry)
     if "://" not in where and not Path(where).expanduser().is_dir():  # to open a folder would make it
-        raise ConfigError(f"continue_from: {config.continue_from!r}: no such folder, and no registry at {where}")
-    with open_registry(where) as registry:
-        version = registry.resolve(reference)
-        return version, registry.fetch(version.digest, into)
+        raise StoreUnavailable(f"no such folder, and no registry at {where}")
+    with open_registry(where) as opened:
+        version = opened.resolve(reference)
+        return version, opened.fetch(version.digest, into)
+
+
+def registry_of(where: str | None) -> str:
+    """The registry that a run file or a command names, else the user's."""
+    return where or os.environ.get("LORAPLEX_REGISTRY") or str(Registry.default_root())

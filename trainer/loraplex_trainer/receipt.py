@@ -18,10 +18,14 @@ import torch
 from loraplex_server.engine.model import Base
 from loraplex_trainer.config import RunConfig
 from loraplex_trainer.data import Encoded, Split
+from loraplex_trainer.evaluate import Measured
 from loraplex_trainer.stopping import Evaluation
 
 FORMAT = "loraplex.receipt/1"
-PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "loraplex")
+PACKAGES = (
+    *("torch", "transformers", "tokenizers", "peft", "bitsandbytes", "accelerate", "safetensors", "datasets"),
+    "loraplex",
+)
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,7 @@ class Trained:
     base: dict[str, Any]
     encoded: dict[str, Encoded]
     template: dict[str, Any]  # how the adapter wants to be asked
+    mask: dict[str, Any]  # what the loss is on
     losses: tuple[float, ...]
     evaluations: tuple[Evaluation, ...]
     kept_step: int  # whose weights the adapter has
@@ -39,9 +44,7 @@ class Trained:
     started: float  # time.monotonic() at which a run without interruptions would have started
 
 
-def receipt_of(
-    config: RunConfig, splits: dict[str, Split], trained: Trained, metrics: dict[str, float]
-) -> dict[str, Any]:
+def receipt_of(config: RunConfig, splits: dict[str, Split], trained: Trained, measured: Measured) -> dict[str, Any]:
     last = trained.losses[-config.training.log_every_steps :]
     return {
         "name": config.name,
@@ -49,6 +52,7 @@ def receipt_of(
         "base": trained.base,
         "data": {name: _data_record(split, trained.encoded[name]) for name, split in splits.items()},
         "template": trained.template,
+        "mask": trained.mask,
         "seed": config.training.seed,
         "steps": len(trained.losses),
         "kept_step": trained.kept_step,
@@ -58,7 +62,9 @@ def receipt_of(
             "train_last": sum(last) / len(last),
             "heldout": trained.heldout_loss,
         },
-        "metrics": metrics,
+        "metrics": measured.metrics,
+        "goldens": [golden.record for golden in measured.goldens],
+        "not_served": measured.not_served,
         "parent": trained.parent,
         "wall_seconds": round(time.monotonic() - trained.started, 3),
     }
@@ -94,11 +100,16 @@ def write_receipt(folder: Path, receipt: dict[str, Any]) -> None:
         "format": FORMAT,
         **receipt,
         "files": {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.is_file()},
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        "versions": versions(),
         "hardware": hardware(),
         "peak_memory_bytes": peak_memory_bytes(),
     }
     (folder / "receipt.json").write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def versions() -> dict[str, str | None]:
+    """Of Python and of the packages that the numbers follow from."""
+    return {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
 
 
 def sha256(path: Path) -> str:

@@ -5,7 +5,6 @@ Assembles the other files; each step's how is in the file named after it.
 
 import gc
 import shutil
-import signal
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -17,139 +16,86 @@ import torch
 from rich.console import Console
 
 from loraplex_server.engine.model import Base, load_base
-from loraplex_trainer.adapter import attach_adapter, load_weights, save_adapter
-from loraplex_trainer.checkpoint import (
-    Progress,
-    finish_swap,
-    load_progress,
-    restore_state,
-    save_checkpoint,
-    swap_in,
-    writing,
-)
+from loraplex_trainer.adapter import attach_adapter, load_weights
+from loraplex_trainer.checkpoint import Progress, finish_swap, load_progress, restore_state, swap_in, writing
 from loraplex_trainer.config import RunConfig
-from loraplex_trainer.curve import write_curve
 from loraplex_trainer.data import Encoded, Split, encode_split, read_splits
 from loraplex_trainer.encoding import Encoder, Example, encoder_for
-from loraplex_trainer.errors import CheckpointError, ConfigError, DataError, Interrupted
-from loraplex_trainer.evaluate import evaluate, score_table
+from loraplex_trainer.errors import CheckpointError, ConfigError, DataError
+from loraplex_trainer.evaluate import Plan, evaluate, score_table
 from loraplex_trainer.fast import use_kernels
 from loraplex_trainer.identity import difference, run_identity
 from loraplex_trainer.lock import locked_folder
-from loraplex_trainer.loop import Loop, mean_loss, stop_signals
+from loraplex_trainer.loop import Loop
 from loraplex_trainer.packing import pack, prepare_packing
 from loraplex_trainer.parent import find_parent
-from loraplex_trainer.progress import reporting, say
-from loraplex_trainer.receipt import Trained, base_record, receipt_of, write_receipt
-from loraplex_trainer.stopping import should_stop
+from loraplex_trainer.progress import say
+from loraplex_trainer.push import FINAL, Pushes
+from loraplex_trainer.receipt import Trained
+from loraplex_trainer.session import Session, checkpoint_folder, complete
 from loraplex_trainer.team import ALONE, Team, join_team
-from loraplex_trainer.tracking import check_packages, tracking
+from loraplex_trainer.tracking import check_packages
 
 
 def train(config: RunConfig, *, resume: bool, console: Console) -> Path:
     """Runs the whole of `config` and returns the adapter's folder, which is complete when it appears.
 
     Raises ConfigError, DataError and CheckpointError for what is wrong before training; NotFinite and Interrupted
-    during it; EngineError for a base that cannot be loaded.
+    during it; EvaluationError and NotPushed after it; EngineError for a base that cannot be loaded.
     """
     check_packages(config)
     splits = read_splits(config.data)
+    plan = Plan.of(config.evaluation)
     say_what_is_the_same(splits, config.data.on_leak, console)
     team = join_team(config.base.device)
     if not team.is_first:
         team.wait()
         earlier = load_progress(checkpoint_folder(config)) if resume else None
-        _train_adapter(config, splits, earlier, None, team, console)
+        _train_adapter(config, splits, earlier, team, None, None, console)
         return config.folder
-    with _partial_folder(config) as partial:
+    with _partial_folder(config) as partial, Pushes(config, console) as pushes:
         finish_swap(config.folder)
         earlier = load_progress(checkpoint_folder(config)) if resume else None
         team.wait()
-        trained = _train_adapter(config, splits, earlier, partial, team, console)
+        trained = _train_adapter(config, splits, earlier, team, partial, pushes, console)
         _free_memory()
-        metrics: dict[str, float] = {}
-        if "heldout" in splits and config.evaluation.metric != "none":
-            say(console, f"scoring {len(splits['heldout'].samples)} held-out prompts with the serving engine")
-            metrics = evaluate(config, partial, splits["heldout"])
+        measured = evaluate(config, plan, partial, splits, trained.encoded, console)
         with writing(partial, "the adapter"):
-            write_receipt(partial, receipt_of(config, splits, trained, metrics))
+            complete(partial, config, splits, trained, measured)
+            pushes.add(FINAL, len(trained.losses), lambda place: shutil.copytree(partial, place, dirs_exist_ok=True))
             swap_in(partial, config.folder)
-    if metrics or trained.heldout_loss is not None:
-        console.print(score_table(metrics, trained.heldout_loss))
+        if measured.metrics or trained.heldout_loss is not None:
+            console.print(score_table(measured.metrics, trained.heldout_loss))
+        pushes.finish()
     return config.folder
-
-
-def checkpoint_folder(config: RunConfig) -> Path:
-    return config.folder / ".checkpoint"
 
 
 def _train_adapter(
     config: RunConfig,
     splits: dict[str, Split],
     earlier: Progress | None,
-    folder: Path | None,
     team: Team,
+    folder: Path | None,
+    pushes: Pushes | None,
     console: Console,
 ) -> Trained:
-    """Loads, trains, measures the held-out loss and writes the adapter's two files into `folder`, if there is one."""
+    """Loads and trains, and writes the adapter's files into `folder`: None, and no pushes, where another one writes."""
     started = time.monotonic() - (earlier.wall_seconds if earlier else 0.0)
-    training = config.training
     base = load_base(**config.base.load_options)
     encoder = encoder_for(base, config.data)
     encoded = encode_splits(config, splits, base, encoder, console)
     loop = build_loop(config, base, encoded["train"], team)
-    model = loop.model
     identity = _go_on(loop, config, splits, base, earlier) if earlier else _begin(loop, config, splits, base)
     team.share_weights(loop.parameters)
     say(console, _opening(loop, base, encoded["train"]))
-    with (
-        tracking(config if team.is_first else None) as trackers,
-        stop_signals() as stopped,
-        reporting(console, loop, trackers) as reporter,
-    ):
-
-        def after_step(loop: Loop) -> bool:
-            finished = loop.step == loop.total_steps
-            # Asked once: a signal that comes during the report waits for the next step's save.
-            stopping = team.any(bool(stopped))
-            measure_due = loop.is_due(training.evaluate_every)
-            save_due = stopping or loop.is_due(training.save_every)
-            report_due = loop.is_due(training.log_every_steps)
-            if measure_due or save_due or report_due:
-                loop.read_losses()  # a loss that is not finite stops here, before it is saved
-            if measure_due:
-                loop.measure(encoded["heldout"].examples)
-                reporter.measured(loop)
-                finished = finished or should_stop(loop.evaluations, training.early_stopping)
-            if report_due:
-                reporter.report(loop)
-            if (save_due or finished) and team.is_first:
-                seconds = time.monotonic() - started
-                progress = Progress(loop.step, tuple(loop.losses), tuple(loop.evaluations), seconds, identity)
-                save_checkpoint(checkpoint_folder(config), progress, loop)
-            if stopping and not finished:
-                raise Interrupted(stopped[0] if stopped else signal.SIGTERM, loop.step)
-            return finished
-
-        if not should_stop(loop.evaluations, training.early_stopping):  # a checkpoint may be the one it stopped at
-            loop.run(after_step)
-    if loop.step < loop.total_steps:
-        say(console, f"stopped at step {loop.step}: the held-out loss no longer falls")
-    kept_step = loop.settle()
-    if kept_step < loop.step:
-        say(console, f"kept: the weights of step {kept_step}, where the held-out loss was lowest")
-    heldout_loss = dict(loop.evaluations).get(kept_step)
-    if heldout_loss is None and "heldout" in encoded:
-        heldout_loss = mean_loss(model, encoded["heldout"].examples, training.batch_size, loop.pad_id, team)
+    session = Session(config, splits, base, encoder, encoded, loop, identity, pushes, console, started)
+    trained = session.run()
     team.leave()
     if folder is not None:
         with writing(folder, "the adapter"):
-            save_adapter(model, folder, base.id, base.revision)
-            write_curve(folder, loop.losses, loop.evaluations, training, loop.total_steps)
-    losses, evaluations, parent = tuple(loop.losses), tuple(loop.evaluations), identity["parent"]
-    return Trained(
-        base_record(base), encoded, encoder.template, losses, evaluations, kept_step, heldout_loss, parent, started
-    )
+            session.write_adapter(folder)
+            session.write_curve(folder)
+    return trained
 
 
 def build_loop(config: RunConfig, base: Base, train: Encoded, team: Team = ALONE) -> Loop:

@@ -1,0 +1,143 @@
+"""One run on a loaded base: what is due after each step, and what is left of it when the steps are done.
+
+Knows its loop, its checkpoint and its drafts; what they are made from is put together in `run`.
+"""
+
+import signal
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from loraplex_server.engine.model import Base
+from loraplex_trainer.adapter import save_adapter
+from loraplex_trainer.card import write_card
+from loraplex_trainer.checkpoint import Progress, save_checkpoint
+from loraplex_trainer.config import RunConfig
+from loraplex_trainer.curve import write_curve
+from loraplex_trainer.data import Encoded, Split
+from loraplex_trainer.encoding import Encoder
+from loraplex_trainer.errors import Interrupted
+from loraplex_trainer.evaluate import Measured
+from loraplex_trainer.loop import Loop, mean_loss, stop_signals
+from loraplex_trainer.progress import Reporter, reporting, say
+from loraplex_trainer.push import DRAFT, Pushes
+from loraplex_trainer.receipt import Trained, base_record, receipt_of, write_receipt
+from loraplex_trainer.stopping import should_stop
+from loraplex_trainer.tracking import tracking
+
+
+@dataclass
+class Session:
+    """A run whose adapter is attached, at the step where it begins or goes on.
+
+    `pushes` is None in the processes of a team that write nothing. `started` is the time.monotonic() at which a run
+    without interruptions would have started.
+    """
+
+    config: RunConfig
+    splits: dict[str, Split]
+    base: Base
+    encoder: Encoder
+    encoded: dict[str, Encoded]
+    loop: Loop
+    identity: dict[str, Any]
+    pushes: Pushes | None
+    console: Console
+    started: float
+
+    def run(self) -> Trained:
+        """Takes the steps that are left. Raises NotFinite, OutOfMemory, NotWritten, Interrupted."""
+        loop, team = self.loop, self.loop.team
+        if self.pushes:
+            self.pushes.start(self.base.description)
+        with (
+            tracking(self.config if team.is_first else None) as trackers,
+            stop_signals() as stopped,
+            reporting(self.console, loop, trackers) as reporter,
+        ):
+            # A checkpoint may be the one it stopped at.
+            if not should_stop(loop.evaluations, self.config.training.early_stopping):
+                loop.run(partial(self._after_step, reporter, stopped))
+        if loop.step < loop.total_steps:
+            say(self.console, f"stopped at step {loop.step}: the held-out loss no longer falls")
+        kept_step = loop.settle()
+        if kept_step < loop.step:
+            say(self.console, f"kept: the weights of step {kept_step}, where the held-out loss was lowest")
+        heldout_loss = dict(loop.evaluations).get(kept_step)
+        if heldout_loss is None and "heldout" in self.encoded:
+            examples, size = self.encoded["heldout"].examples, self.config.training.batch_size
+            heldout_loss = mean_loss(loop.model, examples, size, loop.pad_id, team)
+        return self._trained(kept_step, heldout_loss)
+
+    def write_adapter(self, folder: Path) -> None:
+        """The adapter's two files, as the model has them now."""
+        save_adapter(self.loop.model, folder, self.base.id, self.base.revision)
+
+    def write_curve(self, folder: Path) -> None:
+        """The losses so far, as a table and a picture."""
+        loop = self.loop
+        write_curve(folder, loop.losses, loop.evaluations, self.config.training, loop.total_steps)
+
+    def _after_step(self, reporter: Reporter, stopped: list[int], loop: Loop) -> bool:
+        """Measures, reports, saves and pushes what is due; says whether the step was the last."""
+        training = self.config.training
+        finished = loop.step == loop.total_steps
+        # Asked once: a signal that comes during the report waits for the next step's save.
+        stopping = loop.team.any(bool(stopped))
+        measure_due = loop.is_due(training.evaluate_every)
+        save_due = stopping or loop.is_due(training.save_every)
+        report_due = loop.is_due(training.log_every_steps)
+        push_due = self.pushes is not None and loop.is_due(self.pushes.every_steps(training.save_every))
+        if measure_due or save_due or report_due or push_due:
+            loop.read_losses()  # a loss that is not finite stops here, before it is saved
+        if measure_due:
+            loop.measure(self.encoded["heldout"].examples)
+            reporter.measured(loop)
+            finished = finished or should_stop(loop.evaluations, training.early_stopping)
+        if report_due:
+            reporter.report(loop)
+        if (save_due or finished) and loop.team.is_first:
+            self._save()
+        if push_due and self.pushes and not finished:
+            self.pushes.add(DRAFT, loop.step, self._write_draft)
+        if stopping and not finished:
+            raise Interrupted(stopped[0] if stopped else signal.SIGTERM, loop.step)
+        return finished
+
+    def _save(self) -> None:
+        loop, seconds = self.loop, time.monotonic() - self.started
+        progress = Progress(loop.step, tuple(loop.losses), tuple(loop.evaluations), seconds, self.identity)
+        save_checkpoint(checkpoint_folder(self.config), progress, loop)
+
+    def _write_draft(self, folder: Path) -> None:
+        self.write_adapter(folder)
+        complete(folder, self.config, self.splits, self._trained(self.loop.step, None), Measured({}))
+
+    def _trained(self, kept_step: int, heldout_loss: float | None) -> Trained:
+        return Trained(
+            base=base_record(self.base),
+            encoded=self.encoded,
+            template=self.encoder.template,
+            mask=self.encoder.mask,
+            losses=tuple(self.loop.losses),
+            evaluations=tuple(self.loop.evaluations),
+            kept_step=kept_step,
+            heldout_loss=heldout_loss,
+            parent=self.identity["parent"],
+            started=self.started,
+        )
+
+
+def checkpoint_folder(config: RunConfig) -> Path:
+    return config.folder / ".checkpoint"
+
+
+def complete(folder: Path, config: RunConfig, splits: dict[str, Split], trained: Trained, measured: Measured) -> None:
+    """Writes card and receipt beside the adapter's two files; the receipt is the last."""
+    receipt = receipt_of(config, splits, trained, measured)
+    write_card(folder, receipt, measured)
+    write_receipt(folder, receipt)
