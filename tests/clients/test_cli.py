@@ -57,7 +57,7 @@ finally:
     assert process.returncode == 0
     assert "imported: []" in out
     listed = re.findall(r"^  (\w+) {2,}\S", out.partition("Commands:")[2], re.MULTILINE)
-    assert listed == ["complete", "models", "registry", "serve", "train", "version"]
+    assert listed == ["complete", "export", "merge", "models", "registry", "serve", "train", "version"]
 
 
 @pytest.mark.parametrize("name", ["serve", "train", "registry"])

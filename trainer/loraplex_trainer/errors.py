@@ -8,6 +8,7 @@ TrainerError
 ├── OutOfMemory(MemoryError)        a step did not fit
 ├── NotWritten(OSError)             the disk is full, or not to be written to
 ├── EvaluationError(RuntimeError)   the user's metric failed; what was trained is in the checkpoint
+├── NotMerged(ArithmeticError)      the merged model is another one than base and adapter side by side
 ├── NotPushed(OSError)              all is done but for the registry, which did not take every save
 └── Interrupted                     the user or the system asked the run to stop; a checkpoint was saved
 """
@@ -76,6 +77,10 @@ class EvaluationError(TrainerError, RuntimeError):
 
     def __init__(self, message: str) -> None:
         super().__init__(f"{message}; the training is done and kept: put it right, and --resume scores it again")
+
+
+class NotMerged(TrainerError, ArithmeticError):
+    """The merged model does not say what base and adapter say."""
 
 
 class NotPushed(TrainerError, OSError):

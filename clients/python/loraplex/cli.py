@@ -40,6 +40,8 @@ def cli() -> None:
 for lazy in (
     LazyCommand("serve", "loraplex_server.__main__:serve", short_help="Serve a base and its adapters.", extra="serve"),
     LazyCommand("train", "loraplex_trainer.__main__:train", short_help="Train from a YAML file.", extra="train"),
+    LazyCommand("merge", "loraplex_trainer.commands:merge", short_help="Make base and adapter one.", extra="train"),
+    LazyCommand("export", "loraplex_trainer.commands:export", short_help="Adapters for llama.cpp.", extra="train"),
     LazyCommand("registry", "loraplex_registry.cli:cli", short_help="Push, list, promote and pull adapters."),
 ):
     cli.add_command(lazy)
