@@ -206,7 +206,7 @@ def test_fewer_examples_can_be_scored(write_run, train, receipt):
 
 
 def test_the_goldens_are_what_transformers_and_peft_say(write_run, train, receipt, base_folder, tmp_path):
-    train(write_run(training=LEARN, evaluation={**QUIET, "goldens": 2}))
+    train(write_run(evaluation={**QUIET, "goldens": 2}))
     goldens = receipt()["goldens"]
     assert len(goldens) == 2 and goldens[0]["ids"] != goldens[1]["ids"]
     tokenizer = AutoTokenizer.from_pretrained(base_folder)
@@ -246,7 +246,7 @@ def test_markup_in_a_sample_stays_text():
 
 
 def test_a_promotion_requires_what_was_measured(write_run, train, receipt, tmp_path):
-    train(write_run(training=LEARN, evaluation=SHORT))
+    train(write_run(evaluation=SHORT))
     score = receipt()["metrics"]["tag_f1"]
     shell = CliRunner()
     where = ["--registry", str(tmp_path / "registry")]

@@ -20,19 +20,16 @@ from loraplex_server.engine.request import SamplingParams
 from loraplex_trainer.adapter import keep_quantized_layout
 from loraplex_trainer.commands import export, merge
 
-LEARN = {"max_steps": 60, "batch_size": 16, "learning_rate": 2e-2}
+LEARN = {"batch_size": 16, "learning_rate": 2e-2}
 QUIET = {"general": "none", "samples": 0, "goldens": 2}
 PROMPTS = ["river stone ->:", "garden lantern harbor ->:", "shadow candle ->:"]
 
 
 @pytest.fixture
 def trained(write_run, train, tmp_path):
-    def run(quantization="nf4", **changes):
-        train(
-            write_run(
-                base__quantization=quantization, base__dtype="float32", training=LEARN, evaluation=QUIET, **changes
-            )
-        )
+    def run(quantization="nf4", steps=6):
+        base = {"base__quantization": quantization, "base__dtype": "float32"}
+        train(write_run(**base, training=LEARN | {"max_steps": steps}, evaluation=QUIET))
         return tmp_path / "adapters/tagger"
 
     return run
@@ -56,7 +53,7 @@ def greedy(model, tokenizer, prompt: str) -> list[int]:
 
 
 def test_a_4_bit_adapter_is_merged_into_what_it_was_trained_on(trained, base_folder, tmp_path):
-    folder, out = trained(), tmp_path / "merged"
+    folder, out = trained(steps=60), tmp_path / "merged"
     result = merged(folder, "--out", out)
     assert "merged:" in result.stdout and "float32, from nf4+double:float32" in result.stdout
     model = AutoModelForCausalLM.from_pretrained(out)

@@ -56,7 +56,7 @@ def is_open(port: int) -> bool:
         return one.connect_ex(("127.0.0.1", port)) == 0
 
 
-def wait_until(true, seconds: float = 30) -> None:
+def wait_until(true, seconds: float = 90) -> None:
     deadline = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < deadline
@@ -112,22 +112,21 @@ def test_epochs_and_the_end_alone_can_be_pushed(write_run, train, tmp_path):
         assert tags(folder, "team/tagger") == expected
 
 
+@pytest.mark.slow
 def test_a_registry_that_dies_and_comes_back_gets_everything(write_run, tmp_path, port, environment):
     """It is killed after the first draft and back before the end; the run does not wait for it meanwhile."""
     folder, url = tmp_path / "registry", f"http://127.0.0.1:{port}"
-    training = {**SAVES, "max_steps": 400, "save_every": 100, "log_every_steps": 50}
-    run = write_run(training=training, push={"every": "save", "registry": url})
+    training = {**SAVES, "max_steps": 600, "save_every": 100, "log_every_steps": 50}
+    run = write_run(training=training, push={"every": "save", "registry": url, "wait_seconds": 120})
     with registry_server(folder, port, environment):
         process = start(run, environment)
         wait_until(lambda: folder.is_dir() and any_version(folder))
-    steps = output_until(process, "step 400/")  # no registry is there, and all steps are taken
+    steps = output_until(process, "step 600/")  # no registry is there, and all steps are taken
     assert any("trying again" in line for line in steps), steps
     with registry_server(folder, port, environment):
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=180)
         assert process.returncode == 0, out + err
-    assert tags(folder) == [
-        (kind, f"step-{n}00") for n, kind in ((1, "draft"), (2, "draft"), (3, "draft"), (4, "final"))
-    ]
+    assert tags(folder) == [*(("draft", f"step-{n}00") for n in range(1, 6)), ("final", "step-600")]
 
 
 def test_a_registry_that_stays_away_is_told_with_the_commands_that_push(write_run, train, tmp_path, port, environment):
@@ -145,6 +144,7 @@ def test_a_registry_that_stays_away_is_told_with_the_commands_that_push(write_ru
     assert tags(folder) == [("draft", "step-2"), ("draft", "step-4"), ("final", "step-6")]
 
 
+@pytest.mark.slow
 def test_what_a_killed_run_queued_is_pushed_by_the_next(write_run, train, tmp_path, environment):
     """Killed without a chance to say goodbye, with the registry away: the saves lie on disk."""
     folder = tmp_path / "registry"
