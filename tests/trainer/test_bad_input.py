@@ -27,13 +27,13 @@ def test_a_loss_that_is_not_finite_names_its_batch(write_run, train, settings):
     path = write_run(training__save_every=1, training__warmup_ratio=1.0, training__max_steps=30)
     result = train(path, "training.learning_rate=1e36", exit_code=1)
     step = int(result.stderr.split(" at step ")[1].split(",")[0])
-    named = [int(number) for number in result.stderr.split("number ")[1].split(" of those")[0].split(", ")]
+    named = result.stderr.split("whose examples are ")[1].split(": look")[0].split(", ")
     config = load_config(path)
     encoder = encoder_for(load_base(**config.base.load_options), config.data)
     examples = encode_split(read_split(config.data.train, config.data), encoder).examples
     epoch, place = divmod(step - 1, 6)
     order = epoch_order([len(example.ids) for example in examples], 8, config.training.seed, epoch)
-    assert named == sorted(index + 1 for index in order[place])
+    assert named == [f"{config.data.train}:{index + 1}" for index in sorted(order[place])]
 
 
 class NoRoom(TorchDispatchMode):

@@ -171,7 +171,11 @@ class Encoded:
 def encode_split(split: Split, encoder: Encoder) -> Encoded:
     """Tokenizes every sample; raises DataError when none fits, or no token has a label."""
     fitted = [encoder.fit(sample) for sample in split.samples]
-    examples = tuple(example for _, kept in fitted for example in kept)
+    examples = tuple(
+        replace(example, where=(sample.where,))
+        for sample, (_, kept) in zip(split.samples, fitted, strict=True)
+        for example in kept
+    )
     lost = [(_tokens(whole), _tokens(kept)) for whole, kept in fitted if whole is not kept]
     if not examples:
         limit = encoder.data.max_tokens

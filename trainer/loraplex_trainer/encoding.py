@@ -35,12 +35,13 @@ Span = tuple[int, int]  # positions from the first to before the second
 class Example:
     """Token ids, and the spans of them that the loss is on: each begins after the first token.
 
-    Several packed into one begin at `starts`, each with positions of its own.
+    Several packed into one begin at `starts`, each with positions of its own. `where` says which rows they are.
     """
 
     ids: tuple[int, ...]
     trained: tuple[Span, ...]
     starts: tuple[int, ...] = (0,)
+    where: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def answer_start(self) -> int:

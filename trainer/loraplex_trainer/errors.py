@@ -15,6 +15,8 @@ TrainerError
 
 from collections.abc import Sequence
 
+NAMED_ROWS = 16  # of one step: more are counted
+
 
 class TrainerError(Exception):
     """Root of every error this package raises on purpose; `exit_code` is what the command ends with."""
@@ -41,12 +43,12 @@ class CheckpointError(TrainerError, RuntimeError):
 
 
 class NotFinite(TrainerError, ArithmeticError):
-    """The loss or its gradient is NaN or infinite at `step`, with the examples `numbers`; nothing of it is saved."""
+    """The loss or its gradient is NaN or infinite at `step`, which saw `rows` (file and line); nothing of it is saved."""
 
-    def __init__(self, step: int, what: str, value: float, numbers: Sequence[int]) -> None:
-        rows = ", ".join(map(str, numbers))
+    def __init__(self, step: int, what: str, value: float, rows: Sequence[str]) -> None:
+        more = f" and {len(rows) - NAMED_ROWS} more" if len(rows) > NAMED_ROWS else ""
         super().__init__(
-            f"the {what} is {value} at step {step}, whose examples are number {rows} of those kept of data.train: "
+            f"the {what} is {value} at step {step}, whose examples are {', '.join(rows[:NAMED_ROWS])}{more}: "
             "look at them, or lower training.learning_rate (a checkpoint saved before is kept)"
         )
         self.step = step

@@ -107,7 +107,8 @@ class Loop:
         for step, ((loss, norm), (*_, indices)) in enumerate(zip(values, self._unread, strict=True), start=first):
             for what, value in (("loss", loss), ("gradient norm", norm)):
                 if not math.isfinite(value):
-                    raise NotFinite(step, what, value, [index + 1 for index in sorted(indices)])
+                    rows = [where for index in sorted(indices) for where in self.examples[index].where]
+                    raise NotFinite(step, what, value, rows)
             self.losses.append(loss)
         self._unread.clear()
 

@@ -58,12 +58,14 @@ def joined(examples: Sequence[Example]) -> Example:
     ids: list[int] = []
     trained: list[tuple[int, int]] = []
     starts: list[int] = []
+    where: list[str] = []
     for example in examples:
         shift = len(ids)
         trained += [(start + shift, stop + shift) for start, stop in example.trained]
         starts += [start + shift for start in example.starts]
         ids += example.ids
-    return Example(tuple(ids), tuple(trained), tuple(starts))
+        where += example.where
+    return Example(tuple(ids), tuple(trained), tuple(starts), tuple(where))
 
 
 def packed_positions(example: Example, tokens: int) -> torch.Tensor:
