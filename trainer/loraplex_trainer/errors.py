@@ -43,7 +43,7 @@ class CheckpointError(TrainerError, RuntimeError):
 
 
 class NotFinite(TrainerError, ArithmeticError):
-    """The loss or its gradient is NaN or infinite at `step`, which saw `rows` (file and line); nothing of it is saved."""
+    """Loss or gradient is NaN or infinite at `step`, which saw `rows` (file and line each); nothing of it is saved."""
 
     def __init__(self, step: int, what: str, value: float, rows: Sequence[str]) -> None:
         more = f" and {len(rows) - NAMED_ROWS} more" if len(rows) > NAMED_ROWS else ""
