@@ -2,7 +2,9 @@
 
 import csv
 import io
+import json
 import os
+import sqlite3
 import subprocess
 import sys
 
@@ -109,6 +111,17 @@ class TestTrackers:
         subprocess.run(command, env=environment, cwd=tmp_path, check=True, capture_output=True, timeout=300)
         (file,) = (tmp_path / "logs/wandb").glob("offline-run-*/run-*.wandb")
         assert b"heldout_loss" in file.read_bytes()
+
+    @pytest.mark.slow
+    def test_trackio_stays_here(self, run, tmp_path):
+        pytest.importorskip("trackio", reason="pip install -c constraints.txt 'loraplex[trackio]'")
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "https_proxy": "http://127.0.0.1:9"}
+        command = [sys.executable, "-m", "loraplex_trainer", str(run("trackio"))]
+        subprocess.run(command, env=environment, cwd=tmp_path, check=True, capture_output=True, timeout=300)
+        with sqlite3.connect(tmp_path / "logs/trackio/loraplex.db") as database:
+            logged = database.execute("SELECT step, metrics FROM metrics WHERE run_name = 'tagger'").fetchall()
+        losses = {step: found["loss"] for step, text in logged if "loss" in (found := json.loads(text))}
+        assert list(losses) == list(range(1, 13)) and losses[12] < losses[1]
 
     def test_one_that_is_not_installed_is_named_before_any_work(self, run, train, tmp_path, monkeypatch):
         monkeypatch.setattr("loraplex_trainer.tracking.find_spec", lambda name: None)
