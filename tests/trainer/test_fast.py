@@ -4,14 +4,19 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn.modules import Linear4bit
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from loraplex_server.engine.model import load_base
 from loraplex_server.kernels.native import native
-from loraplex_trainer.adapter import attach_adapter, trainable_parameters
+from loraplex_trainer.adapter import attach_adapter, keep_quantized_layout, trainable_parameters
 from loraplex_trainer.config import LoraSection
+from loraplex_trainer.data import make_batch
+from loraplex_trainer.encoding import Example
 from loraplex_trainer.fast import Packed, _Gate, _Norm, use_kernels
+from loraplex_trainer.head import head_in_pieces, loss_in_pieces, use_pieces
+from loraplex_trainer.loop import loss_sum
+from loraplex_trainer.packing import joined
 
 pytestmark = pytest.mark.skipif(not native(), reason=f"{native().why_not}; gcc comes with: apt-get install gcc")
 
@@ -96,6 +101,7 @@ def test_a_run_by_kernels_learns_what_the_reference_learns(train, write_run, rec
 
 def test_adapters_that_look_at_the_base_s_weights_keep_bitsandbytes_layers(base_folder):
     base = load_base(str(base_folder), device="cpu", dtype="bfloat16")
+    keep_quantized_layout(base.model)
     model = get_peft_model(base.model, LoraConfig(r=4, use_dora=True, target_modules=["q_proj"]))
     before = sum(layer.weight.quant_state is not None for layer in model.modules() if isinstance(layer, Linear4bit))
     changed = use_kernels(model)
@@ -132,6 +138,64 @@ def test_a_gate_hands_back_what_torch_does(rows):
     _Gate.apply(*mine).backward(dy)
     for found, expected in zip(mine, wide, strict=True):
         assert alike(found.grad, expected.grad)
+
+
+def prepared(base_folder, **config) -> PeftModel:
+    base = load_base(str(base_folder), device="cpu", dtype="bfloat16")
+    for name, value in config.items():
+        setattr(base.model.config, name, value)
+    torch.manual_seed(0)
+    model = attach_adapter(base, LoraSection(rank=4, alpha=8))
+    with torch.no_grad():
+        for name, parameter in trainable_parameters(model).items():
+            if "lora_B" in name:
+                parameter.normal_(std=0.05)
+    return model
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_loss_in_pieces_is_that_of_all_logits(base_folder, monkeypatch, packing):
+    monkeypatch.setattr("loraplex_trainer.head.PIECE", 16)  # three pieces, the last of them short
+    random = torch.Generator().manual_seed(0)
+    rows = [
+        Example(tuple(torch.randint(2, 300, (size,), generator=random).tolist()), ((3, size),)) for size in (24, 11, 9)
+    ]
+    batch = make_batch([joined(rows), rows[1]] if packing else rows, 0)
+    model = prepared(base_folder)
+    expected = loss_sum(model, batch)
+    expected.backward()
+    grads = {name: p.grad for name, p in trainable_parameters(model).items()}
+    model.zero_grad()
+    use_pieces(model)
+    assert head_in_pieces(model)
+    with torch.no_grad():
+        assert loss_sum(model, batch).item() == pytest.approx(expected.item(), rel=1e-5)
+    found = loss_sum(model, batch)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    (3 * found).backward()
+    for name, parameter in trainable_parameters(model).items():
+        torch.testing.assert_close(parameter.grad / 3, grads[name], rtol=0, atol=0.02 * float(grads[name].abs().max()))
+
+
+def test_a_head_that_is_trained_or_followed_by_more_keeps_the_plain_loss(base_folder):
+    capped = prepared(base_folder)
+    head = capped.get_base_model().lm_head
+    head.register_forward_hook(lambda *given: given[2] * 0.5)
+    use_pieces(capped)
+    assert head_in_pieces(capped) is None
+    trained = prepared(base_folder)
+    trained.get_base_model().lm_head.weight.requires_grad_(True)
+    use_pieces(trained)
+    assert head_in_pieces(trained) is None
+
+
+def test_logits_that_are_no_numbers_give_a_loss_that_is_none(base_folder):
+    for value in (float("nan"), float("inf")):
+        hidden = torch.ones(2, 32, dtype=torch.bfloat16)
+        head = torch.nn.Linear(32, 64, bias=False, dtype=torch.bfloat16)
+        with torch.no_grad():
+            head.weight[5, 5] = value
+        assert loss_in_pieces(hidden, head, torch.tensor([1, 2])).isnan()
 
 
 def test_norms_and_gates_are_replaced_where_they_are_frozen(base_folder):

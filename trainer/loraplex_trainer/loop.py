@@ -19,6 +19,7 @@ from loraplex_trainer.adapter import trainable_parameters
 from loraplex_trainer.config import RunConfig
 from loraplex_trainer.data import IGNORED, Batch, Example, epoch_order, make_batch, steps_in_epoch
 from loraplex_trainer.errors import NotFinite, OutOfMemory
+from loraplex_trainer.head import head_in_pieces, hidden_states, loss_in_pieces
 from loraplex_trainer.optimizers import build_optimizer
 from loraplex_trainer.packing import packed_inputs
 from loraplex_trainer.schedule import count_steps, scheduled_rate
@@ -146,14 +147,13 @@ class Loop:
 def loss_sum(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     """Cross-entropy summed over the labelled tokens, in float32; logits are made only where a label can be."""
     device = next(model.parameters()).device
-    logits = model(
-        input_ids=batch.input_ids.to(device),
-        logits_to_keep=batch.logits_to_keep,
-        use_cache=False,
-        **packed_inputs(model, batch.position_ids),
-    ).logits  # (rows, answer positions, vocabulary)
+    inputs = {"input_ids": batch.input_ids.to(device), "use_cache": False, **packed_inputs(model, batch.position_ids)}
     labels = batch.labels.flatten()
     labelled = (labels != IGNORED).nonzero().squeeze(1)  # found before the move: the device is not waited for
+    if head := head_in_pieces(model):
+        hidden = hidden_states(model, inputs, batch.logits_to_keep)
+        return loss_in_pieces(hidden.flatten(0, 1)[labelled], head, labels[labelled])
+    logits = model(logits_to_keep=batch.logits_to_keep, **inputs).logits  # (rows, answer positions, vocabulary)
     chosen = logits.flatten(0, 1)[labelled.to(device)].float()
     return cross_entropy(chosen, labels[labelled].to(device), reduction="sum")
 

@@ -71,9 +71,9 @@ static inline void *scratch(Scratch *kept, size_t bytes) {
     return kept->memory;
 }
 
-// e^x, to about one part in ten million; 0 for x below -87.
+// e^x, to about one part in ten million; 0 for x below -87, and not a number for what is none.
 static inline __m512 exponential(__m512 x) {
-    __m512 power = _mm512_mul_ps(_mm512_max_ps(x, _mm512_set1_ps(-1e4f)), _mm512_set1_ps(1.44269504f));
+    __m512 power = _mm512_mul_ps(_mm512_max_ps(_mm512_set1_ps(-1e4f), x), _mm512_set1_ps(1.44269504f));
     __m512 whole = _mm512_roundscale_ps(power, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     __m512 f = _mm512_sub_ps(power, whole), sum = _mm512_set1_ps(1.5403530e-4f);  // Taylor of 2^f, |f| at most 1/2
     const float terms[] = {1.3333558e-3f, 9.6181291e-3f, 5.5504109e-2f, 2.4022651e-1f, 6.9314718e-1f, 1.0f};

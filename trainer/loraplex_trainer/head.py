@@ -1,0 +1,98 @@
+"""The loss over a frozen head, in pieces: the logits of all positions are never there at once, nor in float32.
+
+What the loss hands back to the hidden states is made with it, while a piece's logits are at hand. Knows a head and
+labels; what else a model does is asked once.
+"""
+
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from peft import PeftModel
+
+from loraplex_server.kernels.native import addresses, native
+
+PIECE = 256  # rows of logits at a time: 16 MiB for 32,000 tokens, and the product as fast as for more
+_heads: WeakSet[torch.nn.Module] = WeakSet()  # whose loss is made here
+
+
+class _Loss(torch.autograd.Function):
+    """The summed cross-entropy of hidden (rows, width) and labels (rows,); both matrices in bfloat16."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        hidden, back = hidden.contiguous(), ctx.needs_input_grad[0]
+        losses = torch.empty(len(hidden))
+        grad = torch.empty_like(hidden) if back else hidden
+        logits = hidden.new_empty(min(PIECE, len(hidden)), len(weight))
+        for start in range(0, len(hidden), PIECE):
+            piece = slice(start, min(start + PIECE, len(hidden)))
+            part = torch.mm(hidden[piece], weight.T, out=logits[: piece.stop - start])
+            _library().label_loss(*addresses(losses[piece], part, labels[piece]), *part.shape, back)
+            if back:
+                torch.mm(part, weight, out=grad[piece])
+        ctx.save_for_backward(grad)
+        return losses.sum()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        return ctx.saved_tensors[0] * grads[0].to(torch.bfloat16), None, None
+
+
+def loss_in_pieces(hidden: torch.Tensor, head: torch.nn.Linear, labels: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy summed over the rows of `hidden` (rows, width) bfloat16, of which `labels` (rows,) are expected."""
+    return _Loss.apply(hidden, head.weight, labels)  # pyright: ignore[reportReturnType]
+
+
+def use_pieces(model: PeftModel) -> None:
+    """Let the loss of a causal model be made in pieces, where its head is frozen and nothing follows it."""
+    base: Any = model.get_base_model()
+    head = base.get_output_embeddings()
+    if (
+        type(head) is torch.nn.Linear
+        and head.bias is None
+        and head.weight.dtype == torch.bfloat16
+        and not head.weight.requires_grad
+        and _ends_with(base, head)
+    ):
+        _heads.add(head)
+
+
+def head_in_pieces(model: torch.nn.Module) -> torch.nn.Linear | None:
+    """The head whose loss is made here, if it is."""
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else None
+    head = base.get_output_embeddings() if base else None
+    return head if head in _heads else None
+
+
+def hidden_states(model: Any, inputs: dict[str, Any], positions: int | torch.Tensor) -> torch.Tensor:
+    """What the head is given: the last so many positions or these ones, (rows, positions, width)."""
+    hidden = model.get_base_model().base_model(**inputs).last_hidden_state
+    return hidden[:, positions if isinstance(positions, torch.Tensor) else slice(-positions, None)]
+
+
+@torch.no_grad()
+def _ends_with(model: Any, head: Any) -> bool:
+    """Whether the logits are what `head` gives, not capped and not scaled, of what the body of the model ends with."""
+    given, ended = [], []
+
+    def forward(hidden: torch.Tensor) -> torch.Tensor:
+        given.append(hidden)
+        return hidden.new_full((*hidden.shape[:-1], head.out_features), 100.0)
+
+    def note(_module: Any, _inputs: Any, output: Any) -> None:
+        ended.append(output.last_hidden_state)
+
+    hook = model.base_model.register_forward_hook(note)
+    head.forward = forward
+    try:
+        with torch.random.fork_rng(devices=[]):  # dropout draws from it
+            logits = model(input_ids=torch.arange(4)[None], use_cache=False).logits
+    finally:
+        del head.forward
+        hook.remove()
+    return len(given) == len(ended) == 1 and torch.equal(given[0], ended[0]) and bool((logits == 100).all())
+
+
+def _library() -> Any:
+    return native().library
