@@ -1,15 +1,22 @@
 """Training by kernels against training by bitsandbytes' and peft's own layers: gradients, and whole runs."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn.modules import Linear4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from loraplex_server.engine.model import load_base
 from loraplex_server.kernels.native import native
 from loraplex_trainer.adapter import attach_adapter, keep_quantized_layout, trainable_parameters
+from loraplex_trainer.attention import Causal, Rotation, first_seen
 from loraplex_trainer.config import LoraSection
 from loraplex_trainer.data import make_batch
 from loraplex_trainer.encoding import Example
@@ -19,6 +26,16 @@ from loraplex_trainer.loop import loss_sum
 from loraplex_trainer.packing import joined
 
 pytestmark = pytest.mark.skipif(not native(), reason=f"{native().why_not}; gcc comes with: apt-get install gcc")
+
+
+@pytest.fixture(scope="module")
+def base_folder(base_folder, tmp_path_factory) -> Path:
+    """The other tests' base, with heads of a width that the kernels take."""
+    folder = tmp_path_factory.mktemp("wide") / "base"
+    shutil.copytree(base_folder, folder)
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig.from_pretrained(base_folder, head_dim=32)).save_pretrained(folder)
+    return folder
 
 
 def quantized_linear(inputs, outputs, seed=0) -> Linear4bit:
@@ -213,3 +230,82 @@ def test_a_base_in_float32_is_left_as_it_is(base_folder, base):
     model = attach_adapter(load_base(str(base_folder), device="cpu", **base), LoraSection())
     assert use_kernels(model) == 0
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("tokens", "heads", "kv_heads", "width"), [(1, 2, 1, 32), (40, 4, 2, 64), (150, 3, 3, 96)])
+def test_attention_hands_back_what_torch_does(tokens, heads, kv_heads, width, packed):
+    random = torch.Generator().manual_seed(tokens)
+    shapes = [(2, tokens, count, width) for count in (heads, kv_heads, kv_heads, heads)]
+    *given, dy = (torch.randn(*shape, generator=random).bfloat16() for shape in shapes)
+    piece = (torch.rand(2, tokens, generator=random) < 0.1 * packed).cumsum(1)
+    mask = (piece[:, :, None] == piece[:, None, :]).tril()[:, None]  # (rows, 1, tokens, tokens)
+    mine = [part.clone().requires_grad_() for part in given]
+    out = Causal.apply(*mine, first_seen(mask, 2) if packed else None, 0.2)
+    out.backward(dy)
+    wide = [part.float().requires_grad_() for part in given]
+    turned = [part.transpose(1, 2) for part in wide]
+    expected = scaled_dot_product_attention(*turned, attn_mask=mask, scale=0.2, enable_gqa=True).transpose(1, 2)
+    expected.backward(dy.float())
+    assert alike(out, expected)
+    for found, other in zip(mine, wide, strict=True):
+        assert torch.allclose(found.grad.float(), other.grad, rtol=0, atol=2**-6 * other.grad.abs().max().item() + 1e-6)
+
+
+def test_a_mask_that_is_no_row_of_examples_is_not_taken_for_one():
+    triangle = torch.ones(1, 1, 5, 5, dtype=torch.bool).tril()
+    assert first_seen(triangle, 2).tolist() == [[0] * 5] * 2
+    assert first_seen(triangle.triu(-1), 1).tolist() == [[0, 0, 1, 2, 3]], "a window"
+    hole = triangle.clone()
+    hole[..., 4, 1] = False
+    ahead = triangle.clone()
+    ahead[..., 0, 1] = True
+    blind = triangle.clone()
+    blind[..., 3, :] = False
+    for mask in (hole, ahead, blind, triangle.float()):
+        assert first_seen(mask, 1) is None
+
+
+def test_a_rotation_hands_back_what_transformers_does():
+    random = torch.Generator().manual_seed(0)
+    x, dy = (torch.randn(2, 5, 3, 64, generator=random).bfloat16() for _ in range(2))
+    angles = 9 * torch.rand(2, 5, 32, generator=random).repeat(1, 1, 2)
+    turn = angles.cos().bfloat16(), angles.sin().bfloat16()
+    mine, wide = x.clone().requires_grad_(), x.float().requires_grad_()
+    expected, _ = apply_rotary_pos_emb(wide, wide, *(part.float() for part in turn), unsqueeze_dim=2)
+    expected.backward(dy.float())
+    out = Rotation.apply(mine, *turn)
+    out.backward(dy)
+    assert alike(out, expected)
+    assert alike(mine.grad, wide.grad)
+
+
+def test_packed_rows_by_kernels_teach_what_rows_of_their_own_do(base_folder):
+    random = torch.Generator().manual_seed(0)
+    rows = [
+        Example(tuple(torch.randint(2, 300, (size,), generator=random).tolist()), ((3, size),)) for size in (40, 11, 9)
+    ]
+    grads, losses = {}, {}
+    for fast in (False, True):
+        for packing in (False, True):
+            model = prepared(base_folder)
+            if fast:
+                use_kernels(model)
+            model.train()
+            loss = loss_sum(model, make_batch([joined(rows)] if packing else rows, 0))
+            loss.backward()
+            losses[fast, packing] = loss.item()
+            grads[fast, packing] = torch.cat([p.grad.flatten() for p in trainable_parameters(model).values()])
+    for way, found in grads.items():
+        assert losses[way] == pytest.approx(losses[False, False], rel=0.003)
+        assert torch.nn.functional.cosine_similarity(found, grads[False, False], dim=0) > 0.995, way
+
+
+def test_attention_is_replaced_where_it_is_plain(base_folder):
+    def replaced(**config) -> int:
+        model = prepared(base_folder, **config)
+        use_kernels(model)
+        return sum("forward" in vars(m) for m in model.modules() if type(m).__name__ == "LlamaAttention")
+
+    assert replaced() == 2
+    assert replaced(_attn_implementation="eager") == 0

@@ -17,6 +17,7 @@ from peft.tuners.lora import LoraLayer
 from loraplex_server.engine.fused import epsilon_of, is_gated, is_rms_norm, replace
 from loraplex_server.engine.quantized import fits, pack
 from loraplex_server.kernels.native import addresses, native
+from loraplex_trainer.attention import use_attention_kernel
 from loraplex_trainer.head import use_pieces
 
 NO_ADAPTERS = (0,) * 7
@@ -162,6 +163,7 @@ class _Gate(torch.autograd.Function):
 
 
 def _use_small_kernels(module: Any) -> None:
+    use_attention_kernel(module)
     if is_rms_norm(module) and not module.weight.requires_grad:
         weight, epsilon = module.weight, epsilon_of(module)
         replace(module, lambda x: _Norm.apply(x, weight, epsilon), module.weight.shape[0])  # pyright: ignore

@@ -19,7 +19,17 @@ import torch
 from platformdirs import user_cache_path
 
 _HERE = Path(__file__).parent
-_SOURCES = ("init.c", "lora.c", "nf4.c", "nf4_grad.c", "attention.c", "pointwise.c", "loss.c", "load.c")
+_SOURCES = (
+    "init.c",
+    "lora.c",
+    "nf4.c",
+    "nf4_grad.c",
+    "attention.c",
+    "attention_grad.c",
+    "pointwise.c",
+    "loss.c",
+    "load.c",
+)
 _CPU_FLAGS = {"amx_tile", "amx_bf16", "avx512f", "avx512bw", "avx512vl", "avx512_bf16"}
 # OpenMP is left unresolved: it is found in the library that torch has loaded, so that both share one team of threads.
 _FEATURES = ("avx512f", "avx512bw", "avx512vl", "avx512bf16", "fma", "amx-tile", "amx-bf16")
@@ -36,6 +46,9 @@ _ARGUMENTS = {
     "silu_mul": [_P] * 3 + [_L],
     "rms_norm_grad": [_P] * 4 + [_L] * 2 + [_F],
     "silu_mul_grad": [_P] * 5 + [_L],
+    "causal": [_P] * 6 + [_L] * 5 + [_F],
+    "causal_grad": [_P] * 10 + [_L] * 5 + [_F],
+    "rotate": [_P] * 4 + [_L] * 3 + [ctypes.c_int],
     "label_loss": [_P] * 3 + [_L] * 2 + [ctypes.c_int],
     "load_bf16": [ctypes.c_int, _P, _L] + [_P] * 5,
 }

@@ -64,3 +64,19 @@ void silu_mul_grad(uint16_t *dgate, uint16_t *dup, const uint16_t *dy, const uin
         to_bf16(dgate + i, _mm512_mul_ps(_mm512_mul_ps(given, from_bf16(up + i)), slope));
     }
 }
+
+// Rotary position embedding (arXiv:2104.09864) of x (tokens, heads, width), with cos and sin (tokens, width); or, with
+// `back`, what it hands back. width: a multiple of 32.
+void rotate(uint16_t *out, const uint16_t *x, const uint16_t *cosine, const uint16_t *sine, long tokens, long heads, long width, int back) {
+    long half = width / 2;
+#pragma omp parallel for schedule(static) if (tokens > 3)
+    for (long token = 0; token < tokens; token++)
+        for (long head = 0; head < heads; head++)
+            for (long i = 0; i < half; i += 16) {
+                long low = token * width + i, at = (token * heads + head) * width + i;
+                __m512 x1 = from_bf16(x + at), x2 = from_bf16(x + at + half), s1 = from_bf16(sine + low), s2 = from_bf16(sine + low + half);
+                __m512 y1 = _mm512_mul_ps(x1, from_bf16(cosine + low)), y2 = _mm512_mul_ps(x2, from_bf16(cosine + low + half));
+                to_bf16(out + at, back ? _mm512_fmadd_ps(x2, s2, y1) : _mm512_fnmadd_ps(x2, s1, y1));
+                to_bf16(out + at + half, back ? _mm512_fnmadd_ps(x1, s1, y2) : _mm512_fmadd_ps(x1, s2, y2));
+            }
+}
