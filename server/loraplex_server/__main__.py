@@ -16,6 +16,7 @@ from loraplex_server.engine.config import EngineConfig
 
 _ENGINE = EngineConfig()
 _SERVER = ServerConfig(base="")
+QUANTIZATIONS = ["nf4", "fp4", "int8", "none"]  # those of engine.model, which imports torch
 
 
 def _option(name: str, default: Any = None, **more: Any) -> Any:
@@ -32,7 +33,8 @@ def _option(name: str, default: Any = None, **more: Any) -> Any:
 @_option("--registry", metavar="DIR_OR_URL", help="Where adapters come from. [default: LORAPLEX_HOME/registry]")
 @_option("--host", _SERVER.host, help="Address to listen on; the default is reachable from this machine only.")
 @_option("--port", _SERVER.port, type=click.IntRange(0, 65535), help="Port to listen on; 0 takes a free one.")
-@_option("--quantization", _SERVER.quantization, type=click.Choice(["nf4", "none"]), help="How the base is stored.")
+@_option("--quantization", _SERVER.quantization, type=click.Choice(QUANTIZATIONS), help="How the base is stored.")
+@_option("--no-double-quantization", is_flag=True, help="Keep the scales of nf4 and fp4 in 32 bits.")
 @_option("--device", _SERVER.device, type=click.Choice(["auto", "cpu", "cuda"]), help="Where the base runs.")
 @_option("--dtype", _SERVER.dtype, type=click.Choice(["auto", "float32", "bfloat16", "float16"]), help="Compute dtype.")
 @_option("--max-loras", _ENGINE.max_loras, type=click.IntRange(1), help="Adapters on the device at once.")
@@ -123,6 +125,7 @@ def _config(options: dict[str, Any]) -> ServerConfig:
     weights = read_adapter_weights(options["adapter_weight"])
     return ServerConfig(
         **{name: options[name] for name in named},
+        double_quantization=not options["no_double_quantization"],
         api_keys=keys,
         signed_by=tuple(PublicKey.read(Path(file)) for file in options["require_signature"]),
         adapter_weights=weights,

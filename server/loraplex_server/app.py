@@ -37,7 +37,14 @@ def create_app(config: ServerConfig, base: Base | None = None) -> Starlette:
         EngineError, RegistryError: the base or the registry cannot be opened.
     """
     registry = open_registry(config.registry, patience=Patience(REGISTRY_WAIT_SECONDS))
-    base = base or load_base(config.base, config.revision, config.quantization, config.device, config.dtype)
+    base = base or load_base(
+        config.base,
+        config.revision,
+        config.quantization,
+        config.device,
+        config.dtype,
+        double_quantization=config.double_quantization,
+    )
     metrics = Metrics(
         max_adapters=config.metrics_adapters,
         build={"base": base.id, "quantization": base.quantization, "device": base.device.type},

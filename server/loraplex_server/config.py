@@ -16,6 +16,7 @@ class ServerConfig:
     base: str
     revision: str | None = None
     quantization: str = "nf4"
+    double_quantization: bool = True  # of nf4 and fp4: their scales are kept in 8 bits
     device: str = "auto"
     dtype: str = "auto"
     registry: str | None = None

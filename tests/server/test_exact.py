@@ -365,7 +365,7 @@ def test_embeddings_heads_and_biases_share_steps(peculiar, config):
 def test_embeddings_heads_and_biases_beside_the_kernels(tmp_path, bases):
     """In bfloat16, with kernels where the machine has them: these go through peft's modules, the plain ones do not.
 
-    Held to peft as the 4-bit logits are; see test_nf4_logits_of_a_mixed_step_are_those_of_peft.
+    Held to peft as the 4-bit logits are; see test_quantized_logits_of_a_mixed_step_are_those_of_peft.
     """
     base_folder = bases("llama", {"hidden_size": 128, "num_attention_heads": 2, **TIED})
     several = {"ids": ["embed_tokens", "lm_head"], "biases": ["q_proj", "down_proj"], "plain": "all-linear"}
@@ -441,8 +441,19 @@ def test_nf4_rows_in_a_batch_equal_each_alone(base_folder, adapter_folders, kern
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 0.02), ("bfloat16", 0.05)])
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "bloom"])
-def test_nf4_logits_of_a_mixed_step_are_those_of_peft(tmp_path, name, dtype, tolerance):
+@pytest.mark.parametrize(
+    ("name", "quantization"),
+    [
+        ("llama", "nf4"),
+        ("gemma2", "nf4"),
+        ("gpt2", "nf4"),
+        ("bloom", "nf4"),
+        ("llama", "fp4"),
+        ("llama", "int8"),
+        ("bloom", "int8"),
+    ],
+)
+def test_quantized_logits_of_a_mixed_step_are_those_of_peft(tmp_path, name, quantization, dtype, tolerance):
     """Adapters as peft draws them: stronger ones turn a rounding into another answer, in peft as here.
 
     The tolerance is the share of the largest logit that 8 bits of mantissa come to over 2 layers; the fused 4-bit
@@ -453,7 +464,7 @@ def test_nf4_logits_of_a_mixed_step_are_those_of_peft(tmp_path, name, dtype, tol
         key: make_adapter(tmp_path / key, base_folder, seed=seed, strength=1, lora_alpha=4)
         for seed, key in enumerate(["one", "two"], 1)
     }
-    load = {"quantization": "nf4", "device": "cpu", "dtype": dtype}
+    load = {"quantization": quantization, "device": "cpu", "dtype": dtype}
     engine = Engine(load_base(str(base_folder), **load))
     for key, folder in folders.items():
         engine.add_adapter(key, folder)

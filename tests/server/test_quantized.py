@@ -22,10 +22,11 @@ def first_layer(base) -> Linear4bit:
 
 @pytest.mark.parametrize("config", [pytest.param(OURS, marks=needs_our_kernel), THEIRS], ids=["ours", "theirs"])
 @pytest.mark.parametrize("rows", [1, FUSED_ROWS, FUSED_ROWS + 1, 16, 40, 300])
+@pytest.mark.parametrize("load", [{}, {"quantization": "fp4"}, {"double_quantization": False}], ids=str)
 @needs_fused_kernel
 @torch.no_grad()
-def test_every_way_gives_the_product_with_the_dequantized_weight(base_folder, config, rows):
-    base = load_base(str(base_folder), device="cpu")
+def test_every_way_gives_the_product_with_the_dequantized_weight(base_folder, config, rows, load):
+    base = load_base(str(base_folder), device="cpu", **load)
     layer = first_layer(base)
     weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state).bfloat16().float()
     Engine(base, config)

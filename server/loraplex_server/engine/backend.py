@@ -10,6 +10,7 @@ import torch
 
 from loraplex_server.engine.amx_lora import AmxLora
 from loraplex_server.engine.config import EngineConfig
+from loraplex_server.engine.errors import BaseUnusable
 from loraplex_server.engine.fused import fuse
 from loraplex_server.engine.lora import LoraKernel
 from loraplex_server.engine.model import Base
@@ -30,7 +31,12 @@ class Backend:
 
 
 def prepare(base: Base, config: EngineConfig) -> Backend:
-    """Choose, and give the base's layers their kernels."""
+    """Choose, and give the base's layers their kernels.
+
+    Raises:
+        BaseUnusable: see refuse_unserved.
+    """
+    refuse_unserved(base)
     choose_kernels(base.model, config.kernels, config.lean)
     if base.model.device.type == "cuda":
         if not config.kernels:
@@ -41,3 +47,15 @@ def prepare(base: Base, config: EngineConfig) -> Backend:
         return Backend("AMX kernels", AmxLora(), torch.bfloat16, amx=True)
     why = "turned off" if not config.kernels else native().why_not or f"the base computes in {base.dtype}"
     return Backend(f"no kernels of our own: {why}", None, torch.float32)  # as peft keeps them
+
+
+def refuse_unserved(base: Base) -> None:
+    """Say early that the engine has no forward for a base.
+
+    Raises:
+        BaseUnusable: it is an encoder-decoder, or lies on several devices.
+    """
+    if base.model.config.is_encoder_decoder:
+        raise BaseUnusable(f"base {base.id} is an encoder-decoder; only causal language models are served")
+    if len(set(getattr(base.model, "hf_device_map", {}).values())) > 1:
+        raise BaseUnusable(f"base {base.id} lies on several devices (device_map); a base is served on one")

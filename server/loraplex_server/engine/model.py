@@ -3,6 +3,7 @@
 The one function through which server, trainer and bench get a base; it knows nothing of adapters or requests.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,25 +12,34 @@ import torch
 from bitsandbytes.functional import has_avx512bf16
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+)
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from loraplex_registry.base import BaseDescription, describe_base
 from loraplex_server.engine.errors import BaseNotFound, BaseUnusable
+from loraplex_server.engine.int8 import prepare_int8
 
-QUANTIZATIONS = ("nf4", "none")
+QUANTIZATIONS = ("nf4", "fp4", "int8", "none")
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TASKS = {"causal": AutoModelForCausalLM, "seq2seq": AutoModelForSeq2SeqLM}
 # Weights and tokenizer only: never pickles, never another framework's copy of the weights.
-_HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+_HUB_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.safetensors")
 
 
 @dataclass(frozen=True)
 class Base:
     """A loaded base model and what identifies it.
 
-    ``quantization`` reads ``nf4+double:bfloat16`` (scheme, then compute dtype) or ``none:float32``.
+    ``quantization`` reads ``nf4+double:bfloat16`` (scheme, then compute dtype), ``int8:bfloat16`` or ``none:float32``.
     """
 
     model: PreTrainedModel
@@ -67,50 +77,79 @@ def load_base(
     quantization: str = "nf4",
     device: str = "auto",
     dtype: str = "auto",
+    double_quantization: bool = True,
+    task: str = "causal",
+    device_map: str | Mapping[str, int | str] | None = None,
+    weights: bool = True,
 ) -> Base:
-    """Load a causal language model and its tokenizer, frozen and in eval mode.
+    """Load a language model and its tokenizer, frozen and in eval mode.
 
-    ``nf4`` is bitsandbytes' 4-bit NormalFloat with double quantization (QLoRA, arXiv:2305.14314); ``dtype`` is the
-    compute dtype: bfloat16 where the device computes in it, else float32.
+    ``nf4`` and ``fp4`` are bitsandbytes' 4 bits (QLoRA, arXiv:2305.14314), with double quantization unless told
+    otherwise; ``int8`` is LLM.int8's storage, see engine.int8; ``dtype`` is the compute dtype: bfloat16 where the
+    device computes in it, else float32. ``task`` is ``causal`` or ``seq2seq``, an encoder and a decoder. ``device_map``
+    spreads the base over several devices as transformers does (``auto``, ``balanced``, ``sequential``, or modules to
+    devices).
+
+    ``weights`` False gives the same base without its numbers, on the meta device and not quantized: for sizes. Of a
+    base on the Hub no weight is downloaded then.
 
     Raises:
-        BaseNotFound: no such folder or Hub repository, or it holds no causal language model.
-        BaseUnusable: an unknown option, or a device that is not there.
+        BaseNotFound: no such folder or Hub repository, or it holds no language model of this task.
+        BaseUnusable: an unknown option, a device that is not there, a base of which a part would be off its GPUs, or
+            one that reads more than text.
     """
+    if device_map is not None and device != "auto":
+        raise BaseUnusable(f"device is {device!r} and device_map is {device_map!r}, expected only one of the two")
     where = _device(device)
     compute = _compute_dtype(dtype, where)
-    scheme = _quantization_config(quantization, compute)
-    folder = _folder(id_or_path, revision)
+    scheme = _quantization_config(quantization, double_quantization, compute)
+    if task not in TASKS:
+        raise BaseUnusable(f"task is {task!r}, expected one of {', '.join(TASKS)}")
+    if isinstance(device_map, Mapping):
+        _refuse_offload(device_map)
+    folder = _folder(id_or_path, revision, _HUB_FILES if weights else _HUB_FILES[:-1])
     try:
         config = AutoConfig.from_pretrained(folder)
+        _refuse_other_senses(id_or_path, config)
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            dtype=compute,
-            quantization_config=scheme,
-            device_map={"": where},
-            use_safetensors=True,
-        )
+        if weights:
+            model = TASKS[task].from_pretrained(
+                folder,
+                config=config,
+                dtype=compute,
+                quantization_config=scheme,
+                device_map={"": where} if device_map is None else device_map,
+                use_safetensors=True,
+            )
+        else:
+            with torch.device("meta"):
+                model = TASKS[task].from_config(config, dtype=compute)
+            model.generation_config = _generation_config(folder, config)
+        described = describe_base(str(folder)) if weights else describe_base(id_or_path, revision)
+    except BaseUnusable:
+        raise
     except (OSError, ValueError, KeyError) as error:
-        raise BaseNotFound(f"base {id_or_path!r} cannot be loaded as a causal language model: {error}") from error
+        kind = {"causal": "a causal", "seq2seq": "an encoder-decoder"}[task]
+        raise BaseNotFound(f"base {id_or_path!r} cannot be loaded as {kind} language model: {error}") from error
+    _refuse_offload(getattr(model, "hf_device_map", {}))
+    if quantization == "int8" and weights:
+        prepare_int8(model, compute)
     model.requires_grad_(False)
     model.eval()
-    name = str(compute).removeprefix("torch.")
     return Base(
         model=model,
         tokenizer=tokenizer,
         id=id_or_path,
         folder=folder,
         revision=revision,
-        quantization=f"nf4+double:{name}" if scheme else f"none:{name}",
+        quantization=_quantization_name(quantization, double_quantization, compute),
         device=where,
         context_tokens=_context_tokens(config),
-        description=describe_base(str(folder)),
+        description=described,
     )
 
 
-def _folder(id_or_path: str, revision: str | None) -> Path:
+def _folder(id_or_path: str, revision: str | None, files: Sequence[str]) -> Path:
     """The local folder of the checkpoint; a Hub id is downloaded (or found in the Hub cache) first."""
     path = Path(id_or_path).expanduser()
     if path.is_dir():
@@ -120,7 +159,7 @@ def _folder(id_or_path: str, revision: str | None) -> Path:
     if path.is_absolute() or id_or_path.startswith((".", "~")) or id_or_path.count("/") > 1:
         raise BaseNotFound(f"base {id_or_path!r}: no such folder")
     try:
-        return Path(snapshot_download(id_or_path, revision=revision, allow_patterns=list(_HUB_FILES)))
+        return Path(snapshot_download(id_or_path, revision=revision, allow_patterns=list(files)))
     except (HfHubHTTPError, LocalEntryNotFoundError, ValueError, OSError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         at = f" at revision {revision!r}" if revision else ""
@@ -149,17 +188,49 @@ def _compute_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_avx512bf16() else torch.float32
 
 
-def _quantization_config(quantization: str, compute: torch.dtype) -> BitsAndBytesConfig | None:
+def _quantization_config(quantization: str, double: bool, compute: torch.dtype) -> BitsAndBytesConfig | None:
     if quantization not in QUANTIZATIONS:
         raise BaseUnusable(f"quantization is {quantization!r}, expected one of {', '.join(QUANTIZATIONS)}")
     if quantization == "none":
         return None
+    if quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
         load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
+        bnb_4bit_quant_type=quantization,
+        bnb_4bit_use_double_quant=double,
         bnb_4bit_compute_dtype=compute,
     )
+
+
+def _quantization_name(quantization: str, double: bool, compute: torch.dtype) -> str:
+    scheme = f"{quantization}+double" if double and quantization in ("nf4", "fp4") else quantization
+    return f"{scheme}:{str(compute).removeprefix('torch.')}"
+
+
+def _refuse_other_senses(name: str, config: Any) -> None:
+    if sense := next((sense for sense in ("vision", "audio") if hasattr(config, f"{sense}_config")), None):
+        raise BaseUnusable(
+            f"base {name!r} is a {sense} and language model ({config.model_type}); only language models are trained "
+            "and served, causal or encoder-decoder"
+        )
+
+
+def _generation_config(folder: Path, config: Any) -> GenerationConfig:
+    """As from_pretrained finds it."""
+    if (folder / "generation_config.json").is_file():
+        return GenerationConfig.from_pretrained(folder)
+    return GenerationConfig.from_model_config(config)
+
+
+def _refuse_offload(places: Mapping[str, Any]) -> None:
+    """A part in host memory or on disk comes to the GPU anew in every step; no quantized layer can be there."""
+    where = {str(place) for place in places.values()}
+    if "disk" in where or ("cpu" in where and len(where) > 1):
+        raise BaseUnusable(
+            f"device_map puts a part of the base on {' and '.join(sorted(where & {'cpu', 'disk'}))}, which is not "
+            "supported: choose a smaller quantization (nf4), a smaller base, or a GPU with more memory"
+        )
 
 
 def _context_tokens(config: Any) -> int:
