@@ -15,23 +15,23 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from loraplex_server.engine.model import load_base
-from loraplex_trainer.adapter import attach_adapter
+from loraplex_trainer.adapter import attach
 from loraplex_trainer.check import check, rendered
 from loraplex_trainer.config import RunConfig, load_config
 from loraplex_trainer.data import encode_split, read_split
 from loraplex_trainer.encoding import Example, encoder_for
 from loraplex_trainer.loop import Loop
-from loraplex_trainer.memory import MemoryEstimate, base_bytes, empty_base, estimate_memory
+from loraplex_trainer.memory import MemoryEstimate, base_bytes, estimate_memory
 
 NF4 = {"base__quantization": "nf4", "base__dtype": "bfloat16"}
 
 
 def estimated(config: RunConfig) -> tuple[MemoryEstimate, tuple[Example, ...]]:
-    base = empty_base(config.base)
+    base = load_base(**config.base.load_options, weights=False)
     split = read_split(config.data.train, config.data)
     examples = encode_split(split, encoder_for(base, config.data)).examples
-    loaded = base_bytes(base.model, config.base.quantization)
-    return estimate_memory(attach_adapter(base, config.lora), loaded, examples, config.training), examples
+    loaded = base_bytes(base.model, config.base)
+    return estimate_memory(attach(base, config), loaded, examples, config.training), examples
 
 
 def tree(folder: Path) -> list[Path]:
@@ -59,7 +59,7 @@ def test_the_examples_show_where_the_loss_is(write_run, train, settings):
     report = train(write_run(), "--check", "--no-timing").stdout
     assert f"example 1: {row['quote']} ->:[ {', '.join(row['tags'])}</s>]" in report
     config = load_config(write_run())
-    base = empty_base(config.base)
+    base = load_base(**config.base.load_options, weights=False)
     split = read_split(config.data.train, config.data)
     (example, *_) = encode_split(split, encoder_for(base, config.data)).examples
     coloured = rendered(1, example, base.tokenizer, colour=True)
@@ -102,7 +102,7 @@ def test_the_parts_of_the_estimate_are_those_of_a_real_run(write_run, quantizati
     scales = sum(s.absmax.nbytes + s.state2.absmax.nbytes for s in states)
     real = sum(t.nbytes for t in [*base.model.parameters(), *base.model.buffers()]) + scales
     assert estimate.base == pytest.approx(real, rel=0.03)
-    loop = Loop(attach_adapter(base, config.lora), examples, config, 1)
+    loop = Loop(attach(base, config), examples, config, 1)
     loop.total_steps = 1
     loop.run(lambda _: False)
     assert estimate.adapter == estimate.gradients == sum(p.nbytes for p in loop.parameters.values())

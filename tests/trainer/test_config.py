@@ -32,7 +32,7 @@ def test_a_number_in_scientific_notation_is_a_number_in_the_file_too(write_run):
         ("lora.rank='8'", ["lora.rank", '"8"', "a valid integer"]),
         ("lora.rank=0", ["lora.rank", "0", "greater than 0"]),
         ("lora.target_modules=5", ["lora.target_modules", "5", "'all-linear'"]),
-        ("base.quantization=int3", ["base.quantization", '"int3"', "'nf4' or 'none'"]),
+        ("base.quantization=int3", ["base.quantization", '"int3"', "'nf4', 'fp4', 'int8' or 'none'"]),
         ("training.schedule=", ["training.schedule", "null", "'cosine'"]),
         ("training.learning_rate=.nan", ["training.learning_rate"]),
         ("name=Quotes Tagger", ["name", "Quotes Tagger", "lowercase"]),

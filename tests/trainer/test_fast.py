@@ -15,9 +15,9 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from loraplex_server.engine.model import load_base
 from loraplex_server.kernels.native import native
-from loraplex_trainer.adapter import attach_adapter, keep_quantized_layout, trainable_parameters
+from loraplex_trainer.adapter import attach, attach_adapter, keep_quantized_layout, trainable_parameters
 from loraplex_trainer.attention import Causal, Rotation, first_seen
-from loraplex_trainer.config import LoraSection
+from loraplex_trainer.config import LoraSection, load_config
 from loraplex_trainer.data import make_batch
 from loraplex_trainer.encoding import Example
 from loraplex_trainer.fast import Packed, _Gate, _Norm, use_kernels
@@ -125,6 +125,42 @@ def test_adapters_that_look_at_the_base_s_weights_keep_bitsandbytes_layers(base_
     after = sum(layer.weight.quant_state is not None for layer in model.modules() if isinstance(layer, Linear4bit))
     assert (after, before - after) == (2, changed)
     model(input_ids=torch.tensor([[5, 6, 7]]), labels=torch.tensor([[5, 6, 7]])).loss.backward()
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_checkpointed_layers_give_the_same_gradients(write_run, dropout):
+    """Kernels are called anew in the backward pass: with the same bits, also where something is dropped."""
+    found = []
+    for checkpointing in (False, True):
+        run = {"base__quantization": "nf4", "base__dtype": "bfloat16", "lora": {"rank": 4, "dropout": dropout}}
+        config = load_config(write_run(training__gradient_checkpointing=checkpointing, **run))
+        base = load_base(**config.base.load_options)
+        torch.manual_seed(0)
+        model = attach(base, config)
+        assert use_kernels(model)
+        with torch.no_grad():
+            for parameter in trainable_parameters(model).values():
+                parameter.normal_(std=0.05)
+        ids = torch.randint(2, 300, (3, 21), generator=torch.Generator().manual_seed(0))
+        loss = model.train()(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in trainable_parameters(model).values())])
+    assert len(found[0]) == 1 + 2 * 7 * 2
+    assert all(torch.equal(kept, again) for kept, again in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("quantization", ["fp4", "int8"])
+def test_other_quantizations_train_as_the_reference_does(write_run, train, receipt, quantization):
+    """FP4 by kernels with its own book of values; 8 bits without."""
+    losses = []
+    for kernels in (True, False):
+        run = {"base__quantization": quantization, "base__dtype": "bfloat16", "training__kernels": kernels}
+        train(write_run(training__max_steps=10, **run))
+        losses.append(receipt()["losses"])
+    assert losses[0]["train_first"] == pytest.approx(losses[1]["train_first"], rel=0.003)
+    assert losses[0]["heldout"] == pytest.approx(losses[1]["heldout"], rel=0.1)
+    if quantization == "int8":
+        assert losses[0] == losses[1]
 
 
 def alike(found, expected) -> bool:

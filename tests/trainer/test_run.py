@@ -199,7 +199,7 @@ def test_a_terminal_gets_a_bar_with_the_same_numbers(write_run):
 @pytest.mark.parametrize(
     ("override", "exit_code", "words"),
     [
-        ("base.model=./no-such-base", 1, ["no-such-base"]),
+        ("base.model=./no-such-base", 2, ["no-such-base"]),
         ("data.train=no-such.jsonl", 2, ["no-such.jsonl", "No such file"]),
         ("data.prompt='{text} ->:'", 2, ["train.jsonl:1", "'text'"]),
         ("data.max_tokens=9999", 2, ["data.max_tokens", "9999", "256"]),

@@ -13,7 +13,7 @@ from typing import NoReturn
 import click
 from rich.console import Console
 
-from loraplex_server.engine.errors import EngineError
+from loraplex_server.engine.errors import BaseNotFound, BaseUnusable, EngineError
 from loraplex_server.engine.upstream import quiet
 from loraplex_trainer.config import load_config
 from loraplex_trainer.errors import Interrupted, TrainerError
@@ -68,10 +68,14 @@ def train(run_file: Path, overrides: tuple[str, ...], resume: bool, checking: bo
         end(f"interrupted; a run that had begun goes on with: {go_on}", 130)
     except TrainerError as error:
         end(f"error: {error}", error.exit_code)
+    except (BaseNotFound, BaseUnusable) as error:
+        end(f"error: {error}", 2)
     except (EngineError, OSError) as error:
         end(f"error: {error}", 2 if checking else 1)
     else:
-        console.print(f"adapter: {folder}\nnext:    registry push {config.name}", markup=False, soft_wrap=True)
+        push = f"registry push {config.name}"
+        following = push if config.served else "use it with peft; registry and server take LoRA on causal models alone"
+        console.print(f"adapter: {folder}\nnext:    {following}", markup=False, soft_wrap=True)
 
 
 @click.command()

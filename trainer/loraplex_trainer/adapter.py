@@ -1,54 +1,105 @@
-"""The LoRA adapter on a frozen base: made by peft, started from a parent's weights or from nothing, and written out.
+"""The adapter on a frozen base: made by peft, started from a parent's weights or from nothing, and written out.
 
 Knows nothing of data or steps.
 """
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from bitsandbytes.nn.modules import Linear4bit
 from peft import (
-    LoraConfig,
     PeftConfig,
     PeftModel,
     get_peft_model,
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
+from peft.utils.other import ModulesToSaveWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from loraplex_server.engine.int8 import compute_in_float32
 from loraplex_server.engine.model import Base
-from loraplex_trainer.config import LoraSection
+from loraplex_trainer.config import LoraSection, RunConfig
 from loraplex_trainer.errors import ConfigError
+from loraplex_trainer.initial import as_one, begin, config_as_one, lora_layers
+from loraplex_trainer.methods import lora_config, other_config, refuse_unused
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+# What an adapter and the one it continues must have in common, by the run file's names and peft's.
+_SHARED = {
+    "rank": "r",
+    "alpha": "lora_alpha",
+    "rslora": "use_rslora",
+    "dora": "use_dora",
+    "bias": "bias",
+    "rank_pattern": "rank_pattern",
+    "alpha_pattern": "alpha_pattern",
+    "modules_to_save": "modules_to_save",
+    "trainable_token_indices": "trainable_token_indices",
+}
 
 
-def attach_adapter(base: Base, lora: LoraSection) -> PeftModel:
-    """Freezes the base and puts a fresh adapter on it, in float32. Raises ConfigError for a target the base has not."""
+def attach(base: Base, config: RunConfig) -> PeftModel:
+    """Freezes the base and puts a fresh adapter on it, of any method. Raises ConfigError for what the base has not."""
+    if config.method == "lora":
+        model = attach_adapter(base, config.lora, config.base.task)
+    else:
+        model = _on_frozen(base, other_config(config, base), config.method)
+    if config.training.gradient_checkpointing:
+        base.model.activation_checkpointing_enable({"use_reentrant": False})
+        base.model.disable_input_require_grads()  # only reentrant checkpoints need inputs with gradients
+    return model
+
+
+def attach_adapter(base: Base, lora: LoraSection, task: str = "causal") -> PeftModel:
+    """The same for LoRA alone, in float32."""
+    compute = base.dtype
+    model = _on_frozen(base, lora_config(lora, base.model, task), "lora")
+    refuse_unused(lora, [path for path, _ in lora_layers(model)])
+    begin(model, lora.init, base)
+    raise_copies(model, compute)
+    return model
+
+
+def raise_copies(model: PeftModel, compute: torch.dtype) -> None:
+    """To float32, modules that are trained whole: peft raises what is its own, and leaves copies of the base's."""
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper) and compute != torch.float32:
+            compute_in_float32(module.modules_to_save["default"], gives=compute)
+
+
+def _on_frozen(base: Base, config: PeftConfig, method: str) -> PeftModel:
     keep_quantized_layout(base.model)
     base.model.requires_grad_(False)
-    targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
-    if isinstance(targets, list):
-        _check_targets(targets, base.model)
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=targets,
-        use_rslora=lora.rslora,
-    )
-    model = get_peft_model(base.model, config)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*_pattern keys did not match", RuntimeWarning)  # see refuse_unused
+            model = get_peft_model(base.model, config)
+    except ValueError as error:  # peft's own words: no module is left, or two options exclude each other
+        raise ConfigError(f"{method}: {error}") from error
     assert isinstance(model, PeftModel)
     return model
 
 
 def trainable_parameters(model: PeftModel) -> dict[str, torch.nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def rate_groups(
+    parameters: dict[str, torch.nn.Parameter], plus_ratio: float
+) -> tuple[dict[str, torch.nn.Parameter], list[dict[str, Any]]]:
+    """The parameters in an optimizer's order, and its groups: `times` is how many times the rate a group learns at.
+
+    LoRA+ (arXiv:2402.12354): B matrices learn faster than A matrices.
+    """
+    fast = {name: parameter for name, parameter in parameters.items() if plus_ratio != 1 and ".lora_B." in name}
+    slow = {name: parameter for name, parameter in parameters.items() if name not in fast}
+    groups = [{"params": list(group.values()), "times": times} for group, times in ((slow, 1), (fast, plus_ratio))]
+    return slow | fast, [group for group in groups if group["params"]]
 
 
 def keep_quantized_layout(model: torch.nn.Module) -> None:
@@ -72,8 +123,8 @@ def load_weights(model: PeftModel, folder: Path) -> None:
     except (OSError, SafetensorError, ValueError) as error:
         raise ConfigError(f"continue_from: {folder}: {error}") from error
     ours, our_config = adapter_weights(model), adapter_config(model)
-    for key, option in (("rank", "r"), ("alpha", "lora_alpha"), ("rslora", "use_rslora")):
-        if their_config.get(option) != our_config[option]:
+    for key, option in _SHARED.items():
+        if (their_config.get(option) or None) != (our_config[option] or None):
             raise ConfigError(
                 f"lora.{key}: {our_config[option]}, but the adapter of continue_from has {their_config.get(option)}"
             )
@@ -86,13 +137,15 @@ def load_weights(model: PeftModel, folder: Path) -> None:
 
 
 def adapter_weights(model: PeftModel) -> dict[str, torch.Tensor]:
-    return get_peft_model_state_dict(model, save_embedding_layers=False)
+    """The tensors that are saved, which work on the base as it is."""
+    return as_one(model, get_peft_model_state_dict(model, save_embedding_layers=False))
 
 
 def adapter_config(model: PeftModel) -> dict[str, Any]:
     """peft's own configuration, with its sets sorted: identical runs write identical bytes."""
     config: PeftConfig = model.peft_config["default"]
-    return {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
+    said = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
+    return config_as_one(model, said)
 
 
 def save_adapter(model: PeftModel, folder: Path, base_id: str, revision: str | None) -> None:
@@ -105,11 +158,3 @@ def save_adapter(model: PeftModel, folder: Path, base_id: str, revision: str | N
         "inference_mode": True,
     }
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _check_targets(targets: list[str], model: torch.nn.Module) -> None:
-    names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-    for target in targets:
-        if not any(f".{name}".endswith(f".{target}") for name in names):
-            known = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
-            raise ConfigError(f"lora.target_modules: the base has no linear module {target!r}; it has {known}")

@@ -30,7 +30,7 @@ def render_card(receipt: dict[str, Any], measured: Measured) -> str:
     if scores:
         parts += ["## Scores\n", _table(("", "base", "adapter"), scores)]
     if measured.not_served:
-        parts.append(f"Not scored: {measured.not_served}\n")
+        parts.append(f"Not served, and so scored by peft and transformers: {measured.not_served}\n")
     if measured.samples:
         about = config["evaluation"]
         parts += [

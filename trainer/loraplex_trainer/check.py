@@ -17,17 +17,18 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from loraplex_server.engine.model import load_base
-from loraplex_trainer.adapter import adapter_weights, attach_adapter, load_weights, trainable_parameters
+from loraplex_trainer.adapter import attach, load_weights
 from loraplex_trainer.config import RunConfig
 from loraplex_trainer.data import Encoded, read_splits, steps_in_epoch
 from loraplex_trainer.encoding import Example, encoder_for
 from loraplex_trainer.evaluate import Plan
 from loraplex_trainer.loop import Loop
-from loraplex_trainer.memory import MemoryEstimate, base_bytes, empty_base, estimate_memory
+from loraplex_trainer.memory import MemoryEstimate, base_bytes, estimate_memory
 from loraplex_trainer.parent import find_parent
 from loraplex_trainer.progress import duration, say
 from loraplex_trainer.run import build_loop, encode_splits, rows_of, say_what_is_the_same
 from loraplex_trainer.schedule import count_steps
+from loraplex_trainer.size import adapter_size
 from loraplex_trainer.tracking import check_packages
 
 SHOWN_EXAMPLES = 3
@@ -41,14 +42,14 @@ def check(config: RunConfig, console: Console, *, timing: bool) -> None:
     splits = read_splits(config.data)
     Plan.of(config.evaluation)
     say_what_is_the_same(splits, config.data.on_leak, console)
-    base = empty_base(config.base)
+    base = load_base(**config.base.load_options, weights=False)
     encoded = encode_splits(config, splits, base, encoder_for(base, config.data), console)
     for name, split in splits.items():
         say(console, f"{name}: {split.path}: {_counts(encoded[name])}")
     for number, example in enumerate(encoded["train"].examples[:SHOWN_EXAMPLES], start=1):
         console.print(rendered(number, example, base.tokenizer, colour=console.is_terminal), soft_wrap=True)
-    loaded = base_bytes(base.model, config.base.quantization)
-    model = attach_adapter(base, config.lora)
+    loaded = base_bytes(base.model, config.base)
+    model = attach(base, config)
     with tempfile.TemporaryDirectory() as scratch:
         if parent := find_parent(config, base.description, Path(scratch)):
             with warnings.catch_warnings():  # torch says that nothing is copied into a model without numbers
@@ -98,9 +99,11 @@ def _counts(encoded: Encoded) -> str:
 
 
 def _adapter(model: PeftModel) -> str:
-    trainable = sum(parameter.numel() for parameter in trainable_parameters(model).values())
-    saved = sum(tensor.nbytes for tensor in adapter_weights(model).values())
-    return f"adapter: {trainable:,} trainable parameters; {saved:,} bytes of weights are saved"
+    size = adapter_size(model)
+    return (
+        f"adapter: {size.parameters:,} trainable parameters; {size.tensor_bytes:,} bytes of weights are saved, "
+        f"in a file of {size.file_bytes:,}"
+    )
 
 
 def _memory(estimate: MemoryEstimate, config: RunConfig) -> Iterator[str]:

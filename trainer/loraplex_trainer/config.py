@@ -33,9 +33,12 @@ from loraplex_registry.reference import check_name
 from loraplex_server.engine.chat_templates import NAMES
 from loraplex_trainer.errors import ConfigError
 from loraplex_trainer.option_names import is_theirs, translate
+from loraplex_trainer.unfit import unfit
 
 Ratio = Annotated[float, Field(ge=0.0, le=1.0)]
 Targets = Annotated[tuple[str, ...], Field(min_length=1)]
+# Of the methods that want another than LoRA: they train few numbers, or vectors far from where they begin.
+LEARNING_RATES = {"ia3": 5.0e-3, "prompt": 3.0e-2, "prefix": 1.0e-2, "p_tuning": 3.0e-3}
 Momentum = Annotated[float, Field(ge=0.0, lt=1.0)]
 Every = PositiveInt | Literal["epoch"]  # steps
 ADAM = ("adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit")
@@ -60,9 +63,12 @@ class Section(BaseModel):
 class BaseSection(Section):
     model: str = Field(min_length=1)
     revision: str | None = None
-    quantization: Literal["nf4", "none"] = "nf4"
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    task: Literal["causal", "seq2seq"] = "causal"
+    quantization: Literal["nf4", "fp4", "int8", "none"] = "nf4"
+    double_quantization: bool = True
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    device_map: Literal["auto", "balanced", "sequential"] | dict[str, int | str] | None = None
 
     @property
     def load_options(self) -> dict[str, Any]:
@@ -171,7 +177,49 @@ class LoraSection(Section):
     alpha: PositiveInt = 32
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     target_modules: Literal["all-linear"] | Targets = "all-linear"
+    exclude_modules: tuple[str, ...] = ()
+    layers_to_transform: tuple[NonNegativeInt, ...] = ()
+    rank_pattern: dict[str, PositiveInt] = {}
+    alpha_pattern: dict[str, PositiveInt] = {}
     rslora: bool = False
+    dora: bool = False
+    init: Literal["default", "gaussian", "orthogonal", "pissa", "olora", "loftq"] = "default"
+    plus_ratio: float = Field(default=1.0, ge=1.0)
+    bias: Literal["none", "all", "lora_only"] = "none"
+    modules_to_save: tuple[str, ...] = ()
+    trainable_token_indices: tuple[NonNegativeInt, ...] = ()
+
+    @field_validator("rank_pattern", "alpha_pattern")
+    @classmethod
+    def _keys_are_patterns(cls, patterns: dict[str, int]) -> dict[str, int]:
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is not a pattern: {error}") from error
+        return patterns
+
+    @property
+    def largest_rank(self) -> int:
+        """Of any module, as it is saved: PiSSA and OLoRA save what training changed, which takes twice the rank."""
+        rank = max((self.rank, *self.rank_pattern.values()))
+        return 2 * rank if self.init in ("pissa", "olora") else rank
+
+
+class Ia3Section(Section):
+    target_modules: Targets | None = None
+    feedforward_modules: tuple[str, ...] | None = None
+
+
+class PromptSection(Section):
+    """Of the methods that put vectors before the prompt: prompt, prefix and p_tuning."""
+
+    virtual_tokens: PositiveInt = 20
+    init: Literal["vocabulary", "text", "random"] = "vocabulary"
+    text: str | None = None
+    projection: bool = False
+    encoder: Literal["mlp", "lstm"] = "mlp"
+    hidden_size: PositiveInt | None = None
 
 
 class EarlyStopping(Section):
@@ -197,6 +245,7 @@ class TrainingSection(Section):
     warmup_ratio: Ratio = 0.05
     warmup_steps: NonNegativeInt | None = None
     min_lr_ratio: Ratio = 0.1
+    gradient_checkpointing: bool = False
     seed: int = Field(default=42, ge=0, lt=2**63)
     save_every: Every = 50
     evaluate_every: Every | None = None
@@ -253,7 +302,10 @@ class RunConfig(Section):
     name: str
     base: BaseSection
     data: DataSection
+    method: Literal["lora", "ia3", "prompt", "prefix", "p_tuning"] = "lora"
     lora: LoraSection = LoraSection()
+    ia3: Ia3Section = Ia3Section()
+    prompt: PromptSection = PromptSection()
     training: TrainingSection = TrainingSection()
     evaluation: EvaluationSection = EvaluationSection()
     push: PushSection = PushSection()
@@ -279,6 +331,19 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _take_the_learning_rate_of_the_method(self) -> Self:
+        if self.method not in LEARNING_RATES or "learning_rate" in self.training.model_fields_set:
+            return self
+        training = self.training.model_copy(update={"learning_rate": LEARNING_RATES[self.method]})
+        return self.model_copy(update={"training": training})
+
+    @model_validator(mode="after")
+    def _options_fit_each_other(self) -> Self:
+        if reason := next(unfit(self), None):
+            raise ValueError(reason)
+        return self
+
+    @model_validator(mode="after")
     def _training_agrees(self) -> Self:
         if disagreement := self.training.disagreement():
             raise ValueError(disagreement)
@@ -297,6 +362,18 @@ class RunConfig(Section):
     def folder(self) -> Path:
         """Where the finished adapter lies."""
         return self.output / self.name
+
+    @property
+    def served(self) -> bool:
+        """Whether registry and server take such an adapter: LoRA on a causal model, and nothing beside it."""
+        lora = self.lora
+        beside = lora.dora or lora.bias != "none" or lora.modules_to_save or lora.trainable_token_indices
+        return self.method == "lora" and self.base.task == "causal" and not beside
+
+    @property
+    def virtual_tokens(self) -> int:
+        """What a method puts before each prompt."""
+        return 0 if self.method in ("lora", "ia3") else self.prompt.virtual_tokens
 
     @property
     def examples_per_step(self) -> int:

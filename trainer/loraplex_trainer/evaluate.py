@@ -1,18 +1,22 @@
 """Measures a saved adapter beside its bare base, both in the serving engine: losses, task metric, samples, goldens.
 
-Owns what is asked of whom; the numbers come from `served` and `metrics`.
+Owns what is asked of whom; the numbers come from `served`, of kinds that are not served from `unserved`, and `metrics`.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 from rich.console import Console
 from rich.table import Table
+from transformers import PreTrainedTokenizerBase
 
+from loraplex_registry.adapter_config import read_config, wrong_options
 from loraplex_registry.goldens import Golden, Top
 from loraplex_server.engine.engine import Completion
-from loraplex_server.engine.errors import AdapterRefused
+from loraplex_server.engine.errors import AdapterRefused, BaseUnusable
+from loraplex_server.engine.model import Base
 from loraplex_server.engine.rendering import ends_of
 from loraplex_server.engine.request import MAX_LOGPROBS, SamplingParams
 from loraplex_trainer import forms
@@ -23,6 +27,7 @@ from loraplex_trainer.general import general_text
 from loraplex_trainer.metrics import Metric, find_metric
 from loraplex_trainer.progress import say
 from loraplex_trainer.served import Served
+from loraplex_trainer.unserved import Unserved
 
 GOLDEN_TOKENS = 32  # of one golden prompt: whoever loads the adapter computes them
 GOLDEN_TOP = 10  # likeliest next tokens that are written down
@@ -53,9 +58,22 @@ class Sample:
     adapter: str
 
 
+class Judge(Protocol):
+    """Adapter and bare base side by side: `Served` or `Unserved`. Each pair is the adapter's, then the base's."""
+
+    base: Base
+    max_tokens: int  # of a prompt with its answer
+
+    def answers(
+        self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams] | SamplingParams
+    ) -> tuple[list[Completion], list[Completion]]: ...
+
+    def losses(self, examples: Sequence[Example]) -> tuple[float, float]: ...
+
+
 @dataclass(frozen=True)
 class Measured:
-    """What was measured. `not_served` says why nothing could be: the server does not serve this kind of adapter."""
+    """What was measured. `not_served` says why not in the engine: the server does not serve this kind of adapter."""
 
     metrics: dict[str, float]
     samples: tuple[Sample, ...] = ()
@@ -76,28 +94,40 @@ def evaluate(
     if not (heldout or plan.general or wanted.goldens or wanted.samples):
         return Measured({})
     say(console, "scoring the adapter and its base with the serving engine")
-    try:
-        served = Served(config, folder)
-    except AdapterRefused as refusal:
-        say(console, f"not scored, since the server does not serve this adapter: {refusal}")
-        return Measured({}, not_served=str(refusal))
-    encoder = encoder_for(served.engine.base, config.data)
-    stop, stop_token_ids = ends_of(served.tokenizer, encoder.template.get("stop", ()))
+    judge, not_served = _judge(config, folder)
+    if not_served:
+        say(console, f"scored by peft, since the server does not serve this adapter: {not_served}")
+    tokenizer = judge.base.tokenizer
+    encoder = encoder_for(judge.base, config.data)
+    stop, stop_token_ids = ends_of(tokenizer, encoder.template.get("stop", ()))
     greedy = SamplingParams(wanted.max_tokens, temperature=0.0, stop=stop, stop_token_ids=stop_token_ids)
     metrics: dict[str, float] = {}
     if heldout:
-        metrics |= _both("heldout_loss", served.losses(heldout.examples[: wanted.examples]))
+        metrics |= _both("heldout_loss", judge.losses(heldout.examples[: wanted.examples]))
     if plan.metric:
-        metrics |= _task_metrics(served, plan.metric, encoder, splits["heldout"].samples[: wanted.examples], greedy)
-    if plan.general:
-        metrics |= _both("general_loss", served.losses(_windows(plan.general, served)))
+        metrics |= _task_metrics(judge, plan.metric, encoder, splits["heldout"].samples[: wanted.examples], greedy)
+    if plan.general and config.base.task == "causal":  # an encoder-decoder has no loss on text that answers nothing
+        metrics |= _both("general_loss", judge.losses(_windows(plan.general, tokenizer, judge.max_tokens)))
     name = "heldout" if heldout else "train"
     prompts = _prompts(encoder, splits[name].samples[:_ASKED], encoded[name].examples[:_ASKED])
     return Measured(
         metrics=metrics,
-        samples=_samples(served, prompts[: wanted.samples], greedy, config),
-        goldens=_goldens(served, list(_golden_prompts(prompts, wanted.goldens))),
+        samples=_samples(judge, prompts[: wanted.samples], greedy, config),
+        # Nobody asks for those of an adapter that is not served.
+        goldens=() if not_served else _goldens(judge, list(_golden_prompts(prompts, wanted.goldens))),
+        not_served=not_served,
     )
+
+
+def _judge(config: RunConfig, folder: Path) -> tuple[Judge, str | None]:
+    """Who measures, and why it is not the engine."""
+    not_served = next(wrong_options(read_config(folder), config.lora.largest_rank), None)
+    if not_served is None:
+        try:
+            return Served(config, folder), None
+        except (AdapterRefused, BaseUnusable) as refusal:
+            not_served = str(refusal)
+    return Unserved(config, folder), not_served
 
 
 def score_table(metrics: dict[str, float], trainer_loss: float | None) -> Table:
@@ -119,12 +149,12 @@ def rows(metrics: dict[str, float], trainer_loss: float | None) -> Iterator[tupl
 
 
 def _task_metrics(
-    served: Served, metric: Metric, encoder: Encoder, samples: Sequence[forms.Sample], greedy: SamplingParams
+    judge: Judge, metric: Metric, encoder: Encoder, samples: Sequence[forms.Sample], greedy: SamplingParams
 ) -> dict[str, float]:
     """Greedy answers to the held-out questions: the metric's numbers, `stop_rate`, and both again for the base."""
     questions = [question for sample in samples if (question := encoder.question(sample))]
     truths = [question.answer for question in questions]
-    answers, base_answers = served.answers([question.prompt_ids for question in questions], greedy)
+    answers, base_answers = judge.answers([question.prompt_ids for question in questions], greedy)
     base = metric([answer.text for answer in base_answers], truths) | {"stop_rate": _stop_rate(base_answers)}
     return {
         **metric([answer.text for answer in answers], truths),
@@ -145,25 +175,30 @@ def _prompts(encoder: Encoder, samples: Sequence[forms.Sample], examples: Sequen
 
 
 def _samples(
-    served: Served, prompts: Sequence[list[int]], greedy: SamplingParams, config: RunConfig
+    judge: Judge, prompts: Sequence[list[int]], greedy: SamplingParams, config: RunConfig
 ) -> tuple[Sample, ...]:
-    wanted, room = config.evaluation, served.engine.max_tokens - greedy.max_tokens
+    wanted, room = config.evaluation, judge.max_tokens - greedy.max_tokens
     if room < 1:
         return ()
     drawn = replace(greedy, temperature=wanted.sample_temperature, top_p=wanted.sample_top_p)
     seeds = [(config.training.seed + number) % 2**63 for number in range(len(prompts))]
     params = [replace(drawn, seed=seed) for seed in seeds]
-    answers, base_answers = served.answers([ids[-room:] for ids in prompts], params)
-    texts = [served.text(ids) for ids in prompts]
+    answers, base_answers = judge.answers([ids[-room:] for ids in prompts], params)
+    texts = [_text(ids, judge.base.tokenizer) for ids in prompts]
     return tuple(
         Sample(text, base.text, adapted.text) for text, base, adapted in zip(texts, base_answers, answers, strict=True)
     )
 
 
-def _goldens(served: Served, prompts: Sequence[tuple[int, ...]]) -> tuple[Golden, ...]:
+def _text(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """Token ids as people read them."""
+    return str(tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+def _goldens(judge: Judge, prompts: Sequence[tuple[int, ...]]) -> tuple[Golden, ...]:
     params = SamplingParams(max_tokens=1, temperature=0.0, logprobs=MAX_LOGPROBS)
-    tops = [[_top(answer) for answer in answers] for answers in served.answers(prompts, params)]
-    texts = [served.text(ids)[-_TEXT_CHARACTERS:] for ids in prompts]
+    tops = [[_top(answer) for answer in answers] for answers in judge.answers(prompts, params)]
+    texts = [_text(ids, judge.base.tokenizer)[-_TEXT_CHARACTERS:] for ids in prompts]
     return tuple(Golden(*one) for one in zip(texts, prompts, *tops, strict=True))
 
 
@@ -178,10 +213,10 @@ def _golden_prompts(prompts: Sequence[list[int]], count: int) -> Iterator[tuple[
     yield from list(dict.fromkeys(short + cut))[:count]
 
 
-def _windows(text: str, served: Served) -> list[Example]:
+def _windows(text: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> list[Example]:
     """General text as pieces whose every token but the first is scored."""
-    ids: list[int] = served.tokenizer(text).input_ids
-    size = min(_WINDOW_TOKENS, served.engine.max_tokens)
+    ids: list[int] = tokenizer(text).input_ids
+    size = min(_WINDOW_TOKENS, max_tokens)
     pieces = [tuple(ids[start : start + size]) for start in range(0, len(ids), size)][:_WINDOWS]
     return [Example(piece, ((1, len(piece)),)) for piece in pieces if len(piece) > 1]
 

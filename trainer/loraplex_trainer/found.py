@@ -46,7 +46,9 @@ class Found:
         from loraplex_server.engine.model import load_base
 
         scheme, _, dtype = self.quantization.partition(":")
-        base = load_base(self.base, self.revision, scheme.partition("+")[0], device, dtype or "auto")
+        name, _, double = scheme.partition("+")
+        is_double = bool(double) or not dtype or name not in ("nf4", "fp4")  # a bare nf4 is what everybody means by it
+        base = load_base(self.base, self.revision, name, device, dtype or "auto", double_quantization=is_double)
         if self.fingerprint not in (None, base.fingerprint):
             raise ConfigError(
                 f"--base {self.base}: its fingerprint is {base.fingerprint}, and {self.name} was trained on "

@@ -15,7 +15,8 @@ import torch
 from peft import PeftModel
 from torch.nn.functional import cross_entropy
 
-from loraplex_trainer.adapter import trainable_parameters
+from loraplex_trainer import seq2seq
+from loraplex_trainer.adapter import rate_groups, trainable_parameters
 from loraplex_trainer.config import RunConfig
 from loraplex_trainer.data import IGNORED, Batch, Example, epoch_order, make_batch, steps_in_epoch
 from loraplex_trainer.errors import NotFinite, OutOfMemory
@@ -48,9 +49,9 @@ class Loop:
     _unread: list[tuple[torch.Tensor, torch.Tensor, list[int]]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.parameters = trainable_parameters(self.model)
         training = self.config.training
-        self.optimizer = build_optimizer([*self.parameters.values()], training, self.model.device)
+        self.parameters, groups = rate_groups(trainable_parameters(self.model), self.config.lora.plus_ratio)
+        self.optimizer = build_optimizer(groups, training, self.model.device)
         self.steps_per_epoch = steps_in_epoch(len(self.examples), self.config.examples_per_step)
         self.total_steps = count_steps(training, self.steps_per_epoch)
 
@@ -67,8 +68,9 @@ class Loop:
             loss = self.team.add_up(self.parameters, loss)
             limit = self.config.training.max_grad_norm or math.inf
             norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit)
+            self.learning_rate = scheduled_rate(self.step, self.total_steps, self.config.training)
             for group in self.optimizer.param_groups:
-                group["lr"] = self.learning_rate = scheduled_rate(self.step, self.total_steps, self.config.training)
+                group["lr"] = self.learning_rate * group["times"]
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             self.step += 1
@@ -115,14 +117,20 @@ class Loop:
 
     def _forward_backward(self, chosen: Sequence[Example], answer_tokens: int) -> torch.Tensor:
         """Adds to the gradients; returns the loss of `chosen`, a part of the mean over a step's `answer_tokens`."""
+        # A mean's gradients are too small for float16: the sum's are taken, and divided in float32.
+        scale = answer_tokens if self.model.dtype == torch.float16 else 1
         total = torch.zeros((), device=self.model.device)
         size = self.config.training.batch_size
         for start in range(0, len(chosen), size):
             part = chosen[start : start + size]
             with self._memory_named(part):
-                loss = loss_sum(self.model, make_batch(part, self.pad_id)) / answer_tokens
-                loss.backward()
-            total += loss.detach()
+                loss = examples_loss(self.model, part, self.pad_id) / answer_tokens
+                (loss * scale).backward()
+            total += loss.detach().to(total.device)
+        if scale > 1:
+            for parameter in self.parameters.values():
+                if parameter.grad is not None:
+                    parameter.grad.div_(scale)
         return total
 
     @contextmanager
@@ -144,6 +152,13 @@ class Loop:
             yield from order[place : place + self.total_steps - self.step]
 
 
+def examples_loss(model: Any, examples: Sequence[Example], pad_id: int) -> torch.Tensor:
+    """Summed over the labelled tokens of a batch, for either kind of model."""
+    if model.config.is_encoder_decoder:
+        return seq2seq.loss_sum(model, examples, pad_id)
+    return loss_sum(model, make_batch(examples, pad_id))
+
+
 def loss_sum(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     """Cross-entropy summed over the labelled tokens, in float32; logits are made only where a label can be."""
     device = next(model.parameters()).device
@@ -154,8 +169,8 @@ def loss_sum(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         hidden = hidden_states(model, inputs, batch.logits_to_keep)
         return loss_in_pieces(hidden.flatten(0, 1)[labelled], head, labels[labelled])
     logits = model(logits_to_keep=batch.logits_to_keep, **inputs).logits  # (rows, answer positions, vocabulary)
-    chosen = logits.flatten(0, 1)[labelled.to(device)].float()
-    return cross_entropy(chosen, labels[labelled].to(device), reduction="sum")
+    chosen = logits.flatten(0, 1)[labelled.to(logits.device)].float()
+    return cross_entropy(chosen, labels[labelled].to(logits.device), reduction="sum")
 
 
 @torch.no_grad()
@@ -166,8 +181,8 @@ def mean_loss(
     was_training = model.training
     model.eval()
     by_length = team.share(sorted(examples, key=lambda example: len(example.ids)))
-    batches = (make_batch(by_length[i : i + batch_size], pad_id) for i in range(0, len(by_length), batch_size))
-    total = team.total(sum(loss_sum(model, batch).item() for batch in batches))
+    batches = (by_length[i : i + batch_size] for i in range(0, len(by_length), batch_size))
+    total = team.total(sum(examples_loss(model, batch, pad_id).item() for batch in batches))
     model.train(was_training)
     return total / sum(example.answer_tokens for example in examples)
 

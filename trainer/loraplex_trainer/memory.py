@@ -4,30 +4,30 @@ An estimate: what autograd keeps is counted on a model without numbers, the rest
 Python and torch take for themselves is not in it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass
-from pathlib import Path
 
 import torch
 from peft import PeftModel
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import cross_entropy
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
 
-from loraplex_registry.base import describe_base
-from loraplex_server.engine.errors import BaseNotFound
-from loraplex_server.engine.model import Base, _compute_dtype, _context_tokens, _device
+from loraplex_trainer import seq2seq
 from loraplex_trainer.adapter import trainable_parameters
 from loraplex_trainer.config import BaseSection, TrainingSection
-from loraplex_trainer.data import IGNORED, Batch, make_batch
+from loraplex_trainer.data import make_batch
 from loraplex_trainer.encoding import Example
 from loraplex_trainer.packing import packed_inputs
 
 # Of a quantized weight: 4 bits, for each 64 weights a scale of 8 bits, for each 256 scales one of 32 bits.
-_NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+_4_BIT_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+_4_BIT_BYTES_SINGLE = 0.5 + 4 / 64  # scales of 32 bits
 
 
 @dataclass(frozen=True)
@@ -45,46 +45,26 @@ class MemoryEstimate:
         return sum(astuple(self))
 
 
-def empty_base(section: BaseSection) -> Base:
-    """The base as `load_base` gives it, but without its numbers and not quantized. Raises BaseNotFound."""
-    compute = _compute_dtype(section.dtype, _device(section.device))
-    where = {"pretrained_model_name_or_path": section.model, "revision": section.revision}
-    try:
-        config = AutoConfig.from_pretrained(**where)
-        tokenizer = AutoTokenizer.from_pretrained(**where)
-        description = describe_base(section.model, section.revision)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=compute)
-    except (OSError, ValueError, KeyError) as error:
-        raise BaseNotFound(f"base {section.model!r} is not a causal language model that is here: {error}") from error
-    try:
-        model.generation_config = GenerationConfig.from_pretrained(section.model, revision=section.revision or "main")
-    except OSError:  # none is there: the one made from config.json stays
-        model.generation_config = GenerationConfig.from_model_config(config)
-    return Base(
-        model=model,
-        tokenizer=tokenizer,
-        id=section.model,
-        folder=Path(section.model),
-        revision=section.revision,
-        quantization=section.quantization,
-        device=torch.device("meta"),
-        context_tokens=_context_tokens(config),
-        description=description,
-    )
-
-
-def base_bytes(model: PreTrainedModel, quantization: str) -> int:
-    """Of the base's weights once they are loaded. `model` may be without numbers, and has no adapter yet."""
-    head = model.get_output_embeddings()
-    linear = [
-        module for module in model.modules() if isinstance(module, torch.nn.Linear | Conv1D) and module is not head
-    ]
+def base_bytes(model: PreTrainedModel, section: BaseSection) -> int:
+    """Of the base's weights once they are loaded. `model` is without numbers, and has no adapter yet."""
     whole = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
-    if quantization == "none":
+    if section.quantization == "none":
         return whole
-    quantized = sum(module.weight.numel() for module in linear)
-    return int(whole - sum(module.weight.nbytes for module in linear) + quantized * _NF4_BYTES)
+    quantized = list(_quantized(model))
+    weights = sum(module.weight.numel() for module in quantized)
+    if section.quantization == "int8":
+        stored = weights + 4 * sum(module.weight.shape[isinstance(module, Conv1D)] for module in quantized)
+    else:
+        stored = weights * (_4_BIT_BYTES if section.double_quantization else _4_BIT_BYTES_SINGLE)
+    return int(whole - sum(module.weight.nbytes for module in quantized) + stored)
+
+
+def _quantized(model: PreTrainedModel) -> Iterator[torch.nn.Module]:
+    """The layers that transformers quantizes: not the head, nor what a model keeps in float32."""
+    kept = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear | Conv1D) and should_convert_module(name, kept):
+            yield module
 
 
 def estimate_memory(
@@ -95,11 +75,12 @@ def estimate_memory(
     `loaded` is what base_bytes said of the base. The model is of no other use afterwards.
     """
     longest = sorted(examples, key=lambda example: len(example.ids))[-training.batch_size :]
-    batch = make_batch(longest, pad_id=0)
-    labelled = int((batch.labels != IGNORED).sum())
-    with FakeTensorMode():
+    # Without a mode, for what peft keeps beside the modules has numbers.
+    with FakeTensorMode(allow_non_fake_inputs=True):
         _pretend_to_be_somewhere(model)
-        activations = _activation_bytes(model, batch, labelled)
+        activations = _activation_bytes(model, longest)
+        if training.gradient_checkpointing:
+            activations += _layer_bytes(model, longest, activations)
     trained = list(trainable_parameters(model).values())
     adapter = sum(parameter.nbytes for parameter in trained)
     state = sum(_state_bytes(parameter, training) for parameter in trained)
@@ -119,7 +100,7 @@ def _state_bytes(parameter: torch.nn.Parameter, training: TrainingSection) -> in
     return 8 * numbers
 
 
-def _activation_bytes(model: PeftModel, batch: Batch, labelled: int) -> int:
+def _activation_bytes(model: PeftModel, examples: Sequence[Example]) -> int:
     """What one forward leaves for the backward pass, and the logits with their gradient."""
     own = {tensor.untyped_storage()._cdata for tensor in [*model.parameters(), *model.buffers()]}
     kept: dict[int, int] = {}
@@ -130,13 +111,46 @@ def _activation_bytes(model: PeftModel, batch: Batch, labelled: int) -> int:
             kept[storage._cdata] = storage.nbytes()  # views of one tensor are counted once
         return tensor
 
+    def note_inputs(_: torch.nn.Module, inputs: tuple[object, ...]) -> None:
+        for given in inputs:
+            if isinstance(given, torch.Tensor):
+                note(given)
+
+    hooks = [layer.register_forward_pre_hook(note_inputs) for layer in _checkpointed(model)]
     model.train()
     with saved_tensors_hooks(note, lambda tensor: tensor):
-        ids = torch.zeros(batch.input_ids.shape, dtype=torch.long)
-        more = packed_inputs(model, batch.position_ids)
-        logits = model(input_ids=ids, logits_to_keep=batch.logits_to_keep, use_cache=False, **more).logits
-        cross_entropy(logits.flatten(0, 1)[:labelled].float(), torch.zeros(labelled, dtype=torch.long))
-        return sum(kept.values()) + logits.nbytes + 4 * labelled * logits.shape[-1]
+        logits_bytes = _pretend_to_train(model, examples)
+    for hook in hooks:
+        hook.remove()
+    return sum(kept.values()) + logits_bytes
+
+
+def _pretend_to_train(model: PeftModel, examples: Sequence[Example]) -> int:
+    """One forward; returns the bytes of the logits and of their gradient, in float32."""
+    vocabulary, size = model.get_input_embeddings().weight.shape[0], model.dtype.itemsize
+    if model.config.is_encoder_decoder:
+        seq2seq.loss_sum(model, examples, pad_id=0)
+        lengths = [stop - start for example in examples for start, stop in example.trained]
+        return len(lengths) * max(lengths) * vocabulary * (size + 4)
+    batch = make_batch(examples, pad_id=0)
+    labelled = sum(example.answer_tokens for example in examples)
+    more = packed_inputs(model, batch.position_ids)
+    logits = model(input_ids=batch.input_ids, logits_to_keep=batch.logits_to_keep, use_cache=False, **more).logits
+    cross_entropy(logits.flatten(0, 1)[:labelled].float(), torch.zeros(labelled, dtype=torch.long))
+    return logits.nbytes + 4 * labelled * vocabulary
+
+
+def _layer_bytes(model: PeftModel, examples: Sequence[Example], kept: int) -> int:
+    """What one checkpointed layer, computed again in the backward pass, leaves; `kept` is what is kept of all."""
+    layers = _checkpointed(model)
+    model.gradient_checkpointing_disable()
+    return max(0, _activation_bytes(model, examples) - kept) // max(1, len(layers))
+
+
+def _checkpointed(model: PeftModel) -> list[GradientCheckpointingLayer]:
+    """The layers whose inputs alone are kept for the backward pass."""
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    return [layer for layer in layers if layer.gradient_checkpointing]
 
 
 def _pretend_to_be_somewhere(model: PeftModel) -> None:

@@ -52,6 +52,8 @@ def merge(adapter: Found, out: Path, device: str, dtype: str | None) -> dict[str
     kind = adapter.config.get("peft_type")
     if kind not in _MERGEABLE:
         raise ConfigError(f"{adapter.name}: {kind} adds to the prompt, not to the weights: there is nothing to merge")
+    if adapter.config.get("task_type") == "SEQ_2_SEQ_LM":
+        raise ConfigError(f"{adapter.name}: it is of an encoder-decoder; only causal language models are merged")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--out {out}: there is something already, and a new or an empty folder is expected")
     base = adapter.load_base(device)

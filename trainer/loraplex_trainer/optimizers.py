@@ -4,6 +4,7 @@ Knows torch, bitsandbytes and transformers; nothing of losses, steps or files.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from bitsandbytes.optim.adamw import AdamW8bit, AdamW32bit
@@ -16,24 +17,27 @@ Parameters = Mapping[str, torch.nn.Parameter]
 
 
 def build_optimizer(
-    trained: Sequence[torch.nn.Parameter], training: TrainingSection, device: torch.device
+    groups: Sequence[dict[str, Any]], training: TrainingSection, device: torch.device
 ) -> torch.optim.Optimizer:
-    """`training.optimizer` over `trained`. A paged one pages on a GPU; on a CPU there is nothing to page out of."""
+    """`training.optimizer` over groups of parameters (see adapter.rate_groups).
+
+    A paged one pages on a GPU; on a CPU there is nothing to page out of.
+    """
     rate, decay = training.learning_rate, training.weight_decay
     adam = {"lr": rate, "betas": training.betas, "eps": training.eps, "weight_decay": decay}
     paged = training.optimizer.startswith("paged_") and device.type == "cuda"
     match training.optimizer:
         case "adamw":
-            return torch.optim.AdamW(trained, **adam, fused=True)
+            return torch.optim.AdamW(groups, **adam, fused=True)
         case "adamw_8bit" | "paged_adamw_8bit":
-            return AdamW8bit(trained, **adam, is_paged=paged)
+            return AdamW8bit(groups, **adam, is_paged=paged)
         case "paged_adamw_32bit":
-            return AdamW32bit(trained, **adam, is_paged=paged)
+            return AdamW32bit(groups, **adam, is_paged=paged)
         case "adafactor":
             # By the schedule's rate alone: scaled by its own norm, lora_B, which starts at zero, would hardly move.
-            return Adafactor(trained, lr=rate, weight_decay=decay, scale_parameter=False, relative_step=False)
+            return Adafactor(groups, lr=rate, weight_decay=decay, scale_parameter=False, relative_step=False)
         case "sgd":
-            return torch.optim.SGD(trained, lr=rate, momentum=training.momentum, weight_decay=decay)
+            return torch.optim.SGD(groups, lr=rate, momentum=training.momentum, weight_decay=decay)
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, parameters: Parameters) -> dict[str, torch.Tensor]:

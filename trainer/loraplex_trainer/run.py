@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 
 from loraplex_server.engine.model import Base, load_base
-from loraplex_trainer.adapter import attach_adapter, load_weights
+from loraplex_trainer.adapter import attach, load_weights
 from loraplex_trainer.checkpoint import Progress, finish_swap, load_progress, restore_state, swap_in, writing
 from loraplex_trainer.config import RunConfig
 from loraplex_trainer.data import Encoded, Split, encode_split, read_splits
@@ -101,7 +101,7 @@ def _train_adapter(
 def build_loop(config: RunConfig, base: Base, train: Encoded, team: Team = ALONE) -> Loop:
     """A fresh adapter on `base`, and the loop that trains it."""
     torch.manual_seed(config.training.seed)
-    model = attach_adapter(base, config.lora)
+    model = attach(base, config)
     if config.training.kernels:
         use_kernels(model)
     if config.data.packing:
@@ -114,10 +114,11 @@ def encode_splits(
     config: RunConfig, splits: dict[str, Split], base: Base, encoder: Encoder, console: Console
 ) -> dict[str, Encoded]:
     """Tokenizes every split; raises ConfigError and DataError for what does not fit the base's context."""
-    limit = config.data.max_tokens
-    if limit > base.context_tokens:
+    limit, room = config.data.max_tokens, base.context_tokens - config.virtual_tokens
+    if limit > room:
+        beside = f", {config.virtual_tokens} of them for prompt.virtual_tokens" if config.virtual_tokens else ""
         raise ConfigError(
-            f"data.max_tokens: {limit}: more than the {base.context_tokens} tokens of context of {base.id}"
+            f"data.max_tokens: {limit}: more than the {base.context_tokens} tokens of context of {base.id}{beside}"
         )
     if "heldout" in splits and config.evaluation.metric != "none":
         asked = [question for sample in splits["heldout"].samples if (question := encoder.question(sample))]
@@ -126,7 +127,7 @@ def encode_splits(
                 f"{splits['heldout'].path}: evaluation.metric needs answers to compare with, and there are none"
             )
         longest = max(len(question.prompt_ids) for question in asked)
-        if longest + config.evaluation.max_tokens > base.context_tokens:
+        if longest + config.evaluation.max_tokens > room:
             raise DataError(
                 f"{splits['heldout'].path}: a prompt of {longest} tokens and evaluation.max_tokens = "
                 f"{config.evaluation.max_tokens} are more than the {base.context_tokens} tokens of context of {base.id}"

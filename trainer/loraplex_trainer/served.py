@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
-
 from loraplex_server.engine.config import EngineConfig
 from loraplex_server.engine.engine import Completion, Engine
 from loraplex_server.engine.model import load_base
@@ -21,28 +19,25 @@ _SCORED = SamplingParams(max_tokens=0, prompt_logprobs=0)
 
 
 class Served:
-    """One adapter in an engine of its own. Raises AdapterRefused for a kind that the server does not serve."""
+    """One adapter in an engine of its own.
+
+    Raises AdapterRefused for a kind that the server does not serve, BaseUnusable for a base that it does not.
+    """
 
     def __init__(self, config: RunConfig, folder: Path) -> None:
         self._name = config.name
-        self.engine = Engine(load_base(**config.base.load_options), EngineConfig(max_rank=config.lora.rank))
-        self.engine.add_adapter(self._name, folder)
+        self.base = load_base(**config.base.load_options)
+        self._engine = Engine(self.base, EngineConfig(max_rank=config.lora.largest_rank))
+        self._engine.add_adapter(self._name, folder)
+        self.max_tokens = self._engine.max_tokens  # of a prompt with its answer
         self._ids = count()
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        return self.engine.base.tokenizer
-
-    def text(self, ids: Sequence[int]) -> str:
-        """Token ids as people read them."""
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def answers(
         self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams] | SamplingParams
     ) -> tuple[list[Completion], list[Completion]]:
         """What the adapter answers to each prompt, and what the base does, with the same parameters."""
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
-        completions = self.engine.run(
+        completions = self._engine.run(
             [
                 self._request(ids, one, adapted)
                 for ids, one in zip(prompts, each, strict=True)
@@ -57,7 +52,7 @@ class Served:
 
     def _loss(self, examples: Sequence[Example], adapted: bool) -> float:
         requests = [self._request(example.ids, _SCORED, adapted) for example in examples]
-        self.engine.run(requests)
+        self._engine.run(requests)
         scores = [
             request.prompt_scores[position - 1].logprob or 0.0  # those of a prompt begin at its second token
             for example, request in zip(examples, requests, strict=True)
