@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bases import make_base
 from rich.console import Console
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -110,6 +111,64 @@ def test_the_parts_of_the_estimate_are_those_of_a_real_run(write_run, quantizati
     maps = ("qmap1", "qmap2")  # one pair for all
     kept = sum(t.nbytes for s in state for key, t in s.items() if isinstance(t, torch.Tensor) and key not in maps)
     assert estimate.optimizer == pytest.approx(kept, rel=0.05, abs=1000)
+
+
+@pytest.mark.parametrize(
+    ("family", "quantization", "double"),
+    [
+        ("llama", "nf4", False),
+        ("llama", "fp4", True),
+        ("llama", "int8", True),
+        ("t5", "int8", True),
+        ("t5", "nf4", True),
+        ("bloom", "int8", True),
+    ],
+)
+def test_the_base_of_every_quantization_is_estimated(write_run, base_folder, tmp_path, family, quantization, double):
+    folder = base_folder if family == "llama" else make_base(tmp_path / family, base_folder, family)
+    task = "seq2seq" if family == "t5" else "causal"
+    section = {"model": str(folder), "task": task, "quantization": quantization, "dtype": "bfloat16", "device": "cpu"}
+    config = load_config(write_run(base=section, base__double_quantization=double))
+    estimate, _ = estimated(config)
+    model = load_base(**config.base.load_options).model
+    states = [p.quant_state for p in model.parameters() if getattr(p, "quant_state", None)]
+    scales = sum(s.absmax.nbytes + (s.state2.absmax.nbytes if s.nested else 0) for s in states)
+    scales += sum(p.SCB.nbytes for p in model.parameters() if getattr(p, "SCB", None) is not None)
+    real = sum(t.nbytes for t in [*model.parameters(), *model.buffers()]) + scales
+    assert estimate.base == pytest.approx(real, rel=0.03)
+
+
+METHODS = {
+    "ia3": {"method": "ia3", "lora": {}, "base__dtype": "float32"},
+    "prompt": {"method": "prompt", "lora": {}},
+    "prefix": {"method": "prefix", "lora": {}},
+    "p_tuning": {"method": "p_tuning", "lora": {}},
+    "pissa": {"lora": {"rank": 4, "init": "pissa"}},
+    "dora": {"lora": {"rank": 4, "dora": True}},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", ["llama", pytest.param("t5", marks=pytest.mark.slow)])
+def test_every_method_is_checked_and_its_file_is_as_large_as_told(
+    write_run, train, base_folder, tmp_path, method, family
+):
+    task = "causal" if family == "llama" else "seq2seq"
+    folder = base_folder if family == "llama" else make_base(tmp_path / family, base_folder, family)
+    run = write_run(**METHODS[method] | {"base__model": str(folder), "base__task": task})
+    report = train(run, "--check", "--no-timing").stdout
+    train(run, "training.max_steps=1")
+    size = (tmp_path / "adapters/tagger/adapter_model.safetensors").stat().st_size
+    assert f"in a file of {size:,}\n" in report
+    assert "memory, an estimate: base " in report
+
+
+def test_checkpointing_keeps_the_inputs_of_layers_and_one_layer(write_run):
+    sizes = {}
+    for checkpointing in (False, True):
+        estimate, _ = estimated(load_config(write_run(training__gradient_checkpointing=checkpointing, **NF4)))
+        sizes[checkpointing] = estimate.activations
+    assert 0.3 * sizes[False] < sizes[True] < 0.8 * sizes[False]  # of two layers
 
 
 MEASURE = """

@@ -151,7 +151,7 @@ def test_checkpointed_layers_give_the_same_gradients(write_run, dropout):
 
 @pytest.mark.parametrize("quantization", ["fp4", "int8"])
 def test_other_quantizations_train_as_the_reference_does(write_run, train, receipt, quantization):
-    """FP4 by kernels with its own book of values; 8 bits without."""
+    """FP4 by kernels with its own book of values; of an 8-bit base only the gates are computed by them."""
     losses = []
     for kernels in (True, False):
         run = {"base__quantization": quantization, "base__dtype": "bfloat16", "training__kernels": kernels}
@@ -159,8 +159,6 @@ def test_other_quantizations_train_as_the_reference_does(write_run, train, recei
         losses.append(receipt()["losses"])
     assert losses[0]["train_first"] == pytest.approx(losses[1]["train_first"], rel=0.003)
     assert losses[0]["heldout"] == pytest.approx(losses[1]["heldout"], rel=0.1)
-    if quantization == "int8":
-        assert losses[0] == losses[1]
 
 
 def alike(found, expected) -> bool:

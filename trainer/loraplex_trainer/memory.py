@@ -6,6 +6,7 @@ Python and torch take for themselves is not in it.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -59,9 +60,9 @@ def base_bytes(model: PreTrainedModel, section: BaseSection) -> int:
     return int(whole - sum(module.weight.nbytes for module in quantized) + stored)
 
 
-def _quantized(model: PreTrainedModel) -> Iterator[torch.nn.Module]:
+def _quantized(model: PreTrainedModel) -> Iterator[Any]:
     """The layers that transformers quantizes: not the head, nor what a model keeps in float32."""
-    kept = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
+    kept = HfQuantizer.get_modules_to_not_convert(model, None, list(model._keep_in_fp32_modules or ()))
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear | Conv1D) and should_convert_module(name, kept):
             yield module
@@ -75,8 +76,7 @@ def estimate_memory(
     `loaded` is what base_bytes said of the base. The model is of no other use afterwards.
     """
     longest = sorted(examples, key=lambda example: len(example.ids))[-training.batch_size :]
-    # Without a mode, for what peft keeps beside the modules has numbers.
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with FakeTensorMode(allow_non_fake_inputs=True):  # what peft keeps beside the modules has numbers
         _pretend_to_be_somewhere(model)
         activations = _activation_bytes(model, longest)
         if training.gradient_checkpointing:
@@ -143,7 +143,8 @@ def _pretend_to_train(model: PeftModel, examples: Sequence[Example]) -> int:
 def _layer_bytes(model: PeftModel, examples: Sequence[Example], kept: int) -> int:
     """What one checkpointed layer, computed again in the backward pass, leaves; `kept` is what is kept of all."""
     layers = _checkpointed(model)
-    model.gradient_checkpointing_disable()
+    base: Any = model.get_base_model()
+    base.activation_checkpointing_disable()
     return max(0, _activation_bytes(model, examples) - kept) // max(1, len(layers))
 
 
