@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
@@ -82,6 +83,20 @@ def loss_of(model: Any, examples: Sequence[Example]) -> float:
             loss = model(input_ids=ids, labels=labels).loss
         total += loss.item() * example.answer_tokens
     return total / sum(example.answer_tokens for example in examples)
+
+
+def assert_measured(receipt: dict[str, Any], metric: str, alone: float | None = None, served: bool = False) -> None:
+    """Base and adapter were scored; the adapter's held-out loss is the run's, the base's is `alone`."""
+    metrics = receipt["metrics"]
+    config = receipt["config"]
+    general = config["evaluation"]["general"] != "none" and config["base"]["task"] == "causal"
+    names = ["heldout_loss", metric, "stop_rate", *(["general_loss"] if general else [])]
+    assert metrics.keys() == {*names, *(f"base_{name}" for name in names)}
+    assert metrics["heldout_loss"] == pytest.approx(receipt["losses"]["heldout"], abs=5e-4 if served else 5e-5)
+    if alone is not None:
+        assert metrics["base_heldout_loss"] == pytest.approx(alone, abs=5e-5)
+    assert (receipt["not_served"] is None) == served
+    assert len(receipt["goldens"]) == (config["evaluation"]["goldens"] if served else 0)
 
 
 def reloaded(base: Any, folder: Path) -> PeftModel:

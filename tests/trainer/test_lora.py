@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from bases import heldout_examples, loss_of, make_base, reloaded
+from bases import assert_measured, heldout_examples, loss_of, make_base, reloaded
 from oracle import PeftAlone, engine_for
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
@@ -20,7 +20,7 @@ from loraplex_registry.registry import Registry
 from loraplex_server.engine.errors import AdapterRefused
 from loraplex_server.engine.model import load_base
 from loraplex_server.engine.request import SamplingParams
-from loraplex_trainer import run as running
+from loraplex_trainer import session
 from loraplex_trainer.adapter import attach, keep_quantized_layout
 from loraplex_trainer.config import load_config
 from loraplex_trainer.initial import lora_layers
@@ -102,9 +102,14 @@ def assert_served_as_by_peft(base_folder: Path, folder: Path) -> None:
 @pytest.mark.parametrize(
     "lora", [{"dora": True}, pytest.param({"modules_to_save": ["lm_head"]}, marks=pytest.mark.slow)], ids=str
 )
-def test_what_the_engine_refuses_is_scored_through_transformers(write_run, train, receipt, lora):
-    train(run_of(write_run, lora), "evaluation.metric=exact_match")
-    assert receipt()["metrics"].keys() == {"exact_match", "base_exact_match", "stop_rate"}
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+def test_what_the_engine_refuses_is_scored_through_transformers(write_run, train, receipt, tmp_path, lora, dtype):
+    run = run_of(write_run, lora, base__dtype=dtype)
+    train(run, "evaluation={metric: exact_match, general: default, samples: 2, goldens: 2}")
+    alone = AutoModelForCausalLM.from_pretrained(load_config(run).base.model, dtype=getattr(torch, dtype))
+    assert_measured(receipt(), "exact_match", loss_of(alone, heldout_examples(run)) if dtype == "float32" else None)
+    card = (tmp_path / "adapters/tagger/README.md").read_text()
+    assert "Not served, and so scored by peft" in card
 
 
 @pytest.mark.parametrize("bias", ["all", pytest.param("lora_only", marks=pytest.mark.slow)])
@@ -114,6 +119,8 @@ def test_biases_of_the_base_are_trained_saved_and_refused_by_the_engine(
     base = make_base(tmp_path / "qwen2", base_folder, "qwen2")
     run = run_of(write_run, {"bias": bias, "target_modules": ["q_proj"]}, base__model=str(base))
     train(run)
+    alone = loss_of(AutoModelForCausalLM.from_pretrained(base), heldout_examples(run))
+    assert receipt()["metrics"]["base_heldout_loss"] == pytest.approx(alone, abs=5e-5)
     folder = tmp_path / "adapters/tagger"
     biases = {key for key in load_file(folder / "adapter_model.safetensors") if key.endswith(".bias")}
     assert len(biases) == 2 * (3 if bias == "all" else 1) and any(".q_proj." in key for key in biases)
@@ -201,7 +208,7 @@ def test_an_interrupted_run_goes_on_with_the_same_weights(write_run, train, tmp_
     train(run_of(write_run, lora, name="whole", training=steps))
     run = run_of(write_run, lora, name="parts", training=steps)
     state = tmp_path / "adapters/parts/.checkpoint"
-    save = running.save_checkpoint
+    save = session.save_checkpoint
 
     def save_and_stop(folder, progress, *rest):
         save(folder, progress, *rest)
@@ -209,7 +216,7 @@ def test_an_interrupted_run_goes_on_with_the_same_weights(write_run, train, tmp_
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(running, "save_checkpoint", save_and_stop)
+        patch.setattr(session, "save_checkpoint", save_and_stop)
         train(run, exit_code=130)
     assert state.is_dir()
     train(run, "--resume")

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, set_peft_model_state_dict
+from safetensors.torch import load_file
 
 from loraplex_server.engine.detokenize import Detokenizer
 from loraplex_server.engine.engine import Completion
 from loraplex_server.engine.model import load_base
 from loraplex_server.engine.request import FinishReason, SamplingParams
-from loraplex_trainer.adapter import keep_quantized_layout, raise_copies
+from loraplex_trainer.adapter import WEIGHTS, keep_quantized_layout, raise_copies
 from loraplex_trainer.config import RunConfig
 from loraplex_trainer.encoding import Example
 from loraplex_trainer.loop import mean_loss
@@ -32,7 +33,9 @@ class Unserved:
         own = [parameter for name, parameter in self.base.model.named_parameters() if name.endswith(".bias")]
         self._biases = [(parameter, parameter.detach().clone()) for parameter in own]
         self._model = PeftModel.from_pretrained(self.base.model, str(folder)).eval()
-        raise_copies(self._model, self.base.dtype)
+        if config.lora.modules_to_save:  # peft has read them in the base's dtype
+            raise_copies(self._model, self.base.dtype)
+            set_peft_model_state_dict(self._model, load_file(folder / WEIGHTS))
         self._rows = config.training.batch_size
         self.max_tokens = self.base.context_tokens - config.virtual_tokens
 
