@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bases import make_base
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn.modules import Linear4bit
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -159,6 +160,44 @@ def test_other_quantizations_train_as_the_reference_does(write_run, train, recei
         losses.append(receipt()["losses"])
     assert losses[0]["train_first"] == pytest.approx(losses[1]["train_first"], rel=0.003)
     assert losses[0]["heldout"] == pytest.approx(losses[1]["heldout"], rel=0.1)
+
+
+OTHERS = {
+    "prompt": {"method": "prompt", "lora": {}},
+    "prefix": {"method": "prefix", "lora": {}},
+    "p_tuning": {"method": "p_tuning", "lora": {}},
+    "dora": {"lora": {"rank": 4, "dora": True}},
+    "whole-head": {"lora": {"rank": 4, "modules_to_save": ["lm_head", "norm"]}},
+    "tokens": {"lora": {"rank": 4, "trainable_token_indices": [5, 6]}},
+    "pissa": {"lora": {"rank": 4, "init": "pissa"}},
+    "ia3": {"method": "ia3", "lora": {}, "base__quantization": "none"},
+    "t5": {"base__task": "seq2seq"},
+}
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        kind if kind in {"prompt", "dora", "whole-head", "t5"} else pytest.param(kind, marks=pytest.mark.slow)
+        for kind in OTHERS
+    ],
+)
+def test_what_is_more_than_two_matrices_is_learnt_as_by_the_reference(
+    write_run, train, receipt, base_folder, tmp_path, kind
+):
+    """Its kernels leave out nothing that a method puts before the prompt, beside a layer or in its place."""
+    run = {"base__quantization": "nf4", "base__dtype": "bfloat16"} | OTHERS[kind]
+    if kind == "t5":
+        run["base__model"] = str(make_base(tmp_path / "t5", base_folder, "t5"))
+    losses = []
+    for kernels in (True, False):
+        train(write_run(training={"max_steps": 4, "batch_size": 48, "kernels": kernels, "log_every_steps": 1}, **run))
+        losses.append(receipt()["losses"])
+    fast, reference = losses
+    assert fast["train_first"] == pytest.approx(reference["train_first"], rel=0.003)
+    fell = reference["train_first"] - reference["train_last"]
+    assert fell > 0.003
+    assert fast["train_first"] - fast["train_last"] == pytest.approx(fell, rel=0.2, abs=0.003)
 
 
 def alike(found, expected) -> bool:

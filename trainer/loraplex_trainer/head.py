@@ -47,6 +47,8 @@ def loss_in_pieces(hidden: torch.Tensor, head: torch.nn.Linear, labels: torch.Te
 def use_pieces(model: PeftModel) -> None:
     """Let the loss of a causal model be made in pieces, where its head is frozen and nothing follows it."""
     base: Any = model.get_base_model()
+    if base.config.is_encoder_decoder or model.active_peft_config.is_prompt_learning:
+        return  # there is more in front of the body than ids
     head = base.get_output_embeddings()
     if (
         type(head) is torch.nn.Linear
