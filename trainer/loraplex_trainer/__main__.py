@@ -19,6 +19,8 @@ from loraplex_trainer.config import load_config
 from loraplex_trainer.errors import Interrupted, TrainerError
 from loraplex_trainer.run_schema import FILE as SCHEMA
 
+PRESETS = Path(__file__).with_name("presets")
+
 
 class RunOrWord(click.Command):
     """A command whose first argument is a run file, or one of a few words that are commands of their own."""
@@ -39,7 +41,8 @@ class RunOrWord(click.Command):
 
 @click.command(
     cls=RunOrWord,
-    epilog="`loraplex train schema` prints the JSON Schema of run files, for editors.",
+    epilog="`loraplex train presets` lists run files to begin from. `loraplex train schema` prints the JSON Schema of "
+    "run files, for editors.",
 )
 @click.argument("run_file", metavar="RUN_YAML", type=click.Path(path_type=Path))
 @click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1)
@@ -87,7 +90,21 @@ def schema() -> None:
     click.echo(SCHEMA.read_text(encoding="utf-8"), nl=False)
 
 
-RunOrWord.words = {"schema": schema}
+@click.command()
+@click.argument("name", required=False)
+def presets(name: str | None) -> None:
+    """List run files to begin from, or print the one called NAME, to be copied: > run.yaml."""
+    files = {file.stem: file for file in sorted(PRESETS.glob("*.yaml"))}
+    if name is None:
+        for stem, file in files.items():
+            click.echo(f"{stem:<22}{file.read_text(encoding='utf-8').splitlines()[0].removeprefix('# ')}")
+    elif name in files:
+        click.echo(files[name].read_text(encoding="utf-8"), nl=False)
+    else:
+        _end(f"error: there is no preset {name!r}; there are {', '.join(files)}", 2)
+
+
+RunOrWord.words = {"presets": presets, "schema": schema}
 
 
 def _is_follower() -> bool:
