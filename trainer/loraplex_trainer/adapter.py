@@ -5,6 +5,8 @@ Knows nothing of data or steps.
 
 import json
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from loraplex_trainer.initial import as_one, begin, config_as_one, lora_layers
 from loraplex_trainer.methods import lora_config, other_config, refuse_unused
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+ADAPTER = "default"  # peft's name of an adapter that is alone
 # What an adapter and the one it continues must have in common, by the run file's names and peft's.
 _SHARED = {
     "rank": "r",
@@ -50,9 +53,14 @@ def attach(base: Base, config: RunConfig) -> PeftModel:
     else:
         model = _on_frozen(base, other_config(config, base), config.method)
     if config.training.gradient_checkpointing:
-        base.model.activation_checkpointing_enable({"use_reentrant": False})
-        base.model.disable_input_require_grads()  # only reentrant checkpoints need inputs with gradients
+        checkpoint_activations(base)
     return model
+
+
+def checkpoint_activations(base: Base) -> None:
+    """Lets layers be computed again for their gradients, instead of kept."""
+    base.model.activation_checkpointing_enable({"use_reentrant": False})
+    base.model.disable_input_require_grads()  # only reentrant checkpoints need inputs with gradients
 
 
 def attach_adapter(base: Base, lora: LoraSection, task: str = "causal") -> PeftModel:
@@ -73,20 +81,38 @@ def raise_copies(model: PeftModel, compute: torch.dtype) -> None:
 
 
 def _on_frozen(base: Base, config: PeftConfig, method: str) -> PeftModel:
-    keep_quantized_layout(base.model)
-    base.model.requires_grad_(False)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*_pattern keys did not match", RuntimeWarning)  # see refuse_unused
-            model = get_peft_model(base.model, config)
-    except ValueError as error:  # peft's own words: no module is left, or two options exclude each other
-        raise ConfigError(f"{method}: {error}") from error
+    freeze(base)
+    with in_our_words(method):
+        model = get_peft_model(base.model, config)
     assert isinstance(model, PeftModel)
     return model
 
 
-def trainable_parameters(model: PeftModel) -> dict[str, torch.nn.Parameter]:
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+def freeze(base: Base) -> None:
+    """Before the first adapter."""
+    keep_quantized_layout(base.model)
+    base.model.requires_grad_(False)
+
+
+@contextmanager
+def in_our_words(method: str) -> Iterator[None]:
+    """Raises ConfigError for what peft refuses: no module is left, or two options exclude each other."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*_pattern keys did not match", RuntimeWarning)  # see refuse_unused
+            yield
+    except ValueError as error:
+        raise ConfigError(f"{method}: {error}") from error
+
+
+def trainable_parameters(model: PeftModel, adapter: str = ADAPTER) -> dict[str, torch.nn.Parameter]:
+    """By names in which every adapter is called as one that is alone: checkpoints do not tell who was beside it."""
+    others = [f".{name}." for name in model.peft_config if name != adapter]
+    return {
+        name.replace(f".{adapter}.", f".{ADAPTER}."): parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and not any(other in name for other in others)
+    }
 
 
 def rate_groups(
@@ -115,14 +141,14 @@ def keep_quantized_layout(model: torch.nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def load_weights(model: PeftModel, folder: Path) -> None:
+def load_weights(model: PeftModel, folder: Path, adapter: str = ADAPTER) -> None:
     """Starts from another adapter's weights; raises ConfigError unless it has the shape that the run file asks for."""
     try:
         theirs = load_file(folder / WEIGHTS)
         their_config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, SafetensorError, ValueError) as error:
         raise ConfigError(f"continue_from: {folder}: {error}") from error
-    ours, our_config = adapter_weights(model), adapter_config(model)
+    ours, our_config = adapter_weights(model, adapter), adapter_config(model, adapter)
     for key, option in _SHARED.items():
         if (their_config.get(option) or None) != (our_config[option] or None):
             raise ConfigError(
@@ -133,26 +159,26 @@ def load_weights(model: PeftModel, folder: Path) -> None:
             f"lora.target_modules: {', '.join(our_config['target_modules'])}, "
             f"but the adapter of continue_from has {their_config.get('target_modules')}, or is of another base"
         )
-    set_peft_model_state_dict(model, theirs)
+    set_peft_model_state_dict(model, theirs, adapter)
 
 
-def adapter_weights(model: PeftModel) -> dict[str, torch.Tensor]:
+def adapter_weights(model: PeftModel, adapter: str = ADAPTER) -> dict[str, torch.Tensor]:
     """The tensors that are saved, which work on the base as it is."""
-    return as_one(model, get_peft_model_state_dict(model, save_embedding_layers=False))
+    return as_one(model, get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False))
 
 
-def adapter_config(model: PeftModel) -> dict[str, Any]:
+def adapter_config(model: PeftModel, adapter: str = ADAPTER) -> dict[str, Any]:
     """peft's own configuration, with its sets sorted: identical runs write identical bytes."""
-    config: PeftConfig = model.peft_config["default"]
+    config: PeftConfig = model.peft_config[adapter]
     said = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
     return config_as_one(model, said)
 
 
-def save_adapter(model: PeftModel, folder: Path, base_id: str, revision: str | None) -> None:
+def save_adapter(model: PeftModel, folder: Path, base_id: str, revision: str | None, adapter: str = ADAPTER) -> None:
     """Writes the weights and the configuration into an existing folder."""
-    weights = {key: tensor.detach().cpu().contiguous() for key, tensor in adapter_weights(model).items()}
+    weights = {key: tensor.detach().cpu().contiguous() for key, tensor in adapter_weights(model, adapter).items()}
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
-    config = adapter_config(model) | {
+    config = adapter_config(model, adapter) | {
         "base_model_name_or_path": base_id,
         "revision": revision,
         "inference_mode": True,

@@ -10,6 +10,7 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from loraplex_server.kernels.native import addresses, native
+from loraplex_trainer.ragged import BlockMasks
 
 # Of these a layer is its projections, a rotation and attention; which of them it is all the same is asked.
 KINDS = ("LlamaAttention", "MistralAttention", "Qwen2Attention")
@@ -75,14 +76,16 @@ def use_attention_kernel(module: Any) -> None:
     def forward(
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | BlockMasks | None = None,
         past_key_values: Any = None,
         **more: Any,
     ) -> tuple[torch.Tensor, None]:
-        if attention_mask is not None and attention_mask not in seen:
-            seen[attention_mask] = first_seen(attention_mask, len(hidden_states))
-        starts = None if attention_mask is None else seen[attention_mask]
-        unknown = attention_mask is not None and starts is None
+        blocks, masks = attention_mask if isinstance(attention_mask, BlockMasks) else (None, [attention_mask])
+        for mask in masks:
+            if mask is not None and mask not in seen:
+                seen[mask] = first_seen(mask, len(mask) if blocks else len(hidden_states))
+        starts = [None if mask is None else seen[mask] for mask in masks]
+        unknown = any(mask is not None and seen[mask] is None for mask in masks)
         if past_key_values is not None or unknown or hidden_states.dtype != torch.bfloat16:
             return plain(hidden_states, position_embeddings, attention_mask, past_key_values, **more)
         shape = (*hidden_states.shape[:-1], -1, module.head_dim)
@@ -91,7 +94,14 @@ def use_attention_kernel(module: Any) -> None:
             Rotation.apply(project(hidden_states).view(shape), *turn) for project in (module.q_proj, module.k_proj)
         )
         values = module.v_proj(hidden_states).view(shape)
-        return module.o_proj(Causal.apply(query, keys, values, starts, module.scaling).flatten(2)), None  # pyright: ignore
+        states = query, keys, values
+        if blocks is None:
+            return module.o_proj(Causal.apply(*states, starts[0], module.scaling).flatten(2)), None  # pyright: ignore
+        pieces = [
+            Causal.apply(*(block.rows_of(part) for part in states), start, module.scaling).flatten(0, 1)  # pyright: ignore
+            for block, start in zip(blocks, starts, strict=True)
+        ]
+        return module.o_proj(torch.cat(pieces).flatten(1)[None]), None
 
     if _alike(plain, forward, module):
         module.forward = forward

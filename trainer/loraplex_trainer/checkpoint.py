@@ -40,9 +40,7 @@ def save_checkpoint(folder: Path, progress: Progress, loop: Loop) -> None:
     tensors = {f"adapter/{name}": parameter.detach() for name, parameter in loop.parameters.items()}
     tensors |= {f"best/{name}": tensor for name, tensor in loop.best.items()}
     tensors |= optimizer_state(loop.optimizer, loop.parameters)
-    tensors["random/cpu"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        tensors["random/cuda"] = torch.cuda.get_rng_state()
+    tensors |= {f"random/{kind}": generator.get_state() for kind, generator in loop.generators.items()}
     partial = folder.with_name(f"{folder.name}.partial")
     document = {"format": FORMAT, **vars(progress)}
     with writing(partial, f"the checkpoint of step {progress.step}"):
@@ -83,9 +81,9 @@ def restore_state(folder: Path, loop: Loop) -> None:
     loop.best = {key.removeprefix("best/"): tensors[key].cpu() for key in tensors if key.startswith("best/")}
     saved = {key: tensor for key, tensor in tensors.items() if key.startswith(("optimizer/", "number/"))}
     restore_optimizer(loop.optimizer, loop.parameters, saved)
-    torch.set_rng_state(tensors["random/cpu"].cpu())
-    if "random/cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["random/cuda"].cpu())
+    for kind, generator in loop.generators.items():
+        if (state := tensors.get(f"random/{kind}")) is not None:
+            generator.set_state(state.cpu())
 
 
 def _each_its_own(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

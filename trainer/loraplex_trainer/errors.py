@@ -6,14 +6,16 @@ TrainerError
 ├── CheckpointError(RuntimeError)   nothing to resume, or a checkpoint of another run
 ├── NotFinite(ArithmeticError)      the loss or its gradient became NaN or infinite
 ├── OutOfMemory(MemoryError)        a step did not fit
+├── TooMuchTogether(MemoryError)    a step of several runs did not fit
 ├── NotWritten(OSError)             the disk is full, or not to be written to
 ├── EvaluationError(RuntimeError)   the user's metric failed; what was trained is in the checkpoint
 ├── NotMerged(ArithmeticError)      the merged model is another one than base and adapter side by side
 ├── NotPushed(OSError)              all is done but for the registry, which did not take every save
+├── SomeFailed                      of several runs trained together
 └── Interrupted                     the user or the system asked the run to stop; a checkpoint was saved
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 NAMED_ROWS = 16  # of one step: more are counted
 
@@ -70,6 +72,16 @@ class OutOfMemory(TrainerError, MemoryError):
         self.step = step
 
 
+class TooMuchTogether(TrainerError, MemoryError):
+    """A pass of the rows of several runs at once did not fit into memory."""
+
+    def __init__(self, rows: int, runs: int, tokens: int) -> None:
+        super().__init__(
+            f"out of memory with {rows} examples of {runs} runs, of up to {tokens} tokens, at a time: lower "
+            "training.batch_size of each (and raise training.accumulation_steps as much), or train fewer together"
+        )
+
+
 class NotWritten(TrainerError, OSError):
     """A file could not be written; what was there before is whole."""
 
@@ -96,3 +108,14 @@ class Interrupted(TrainerError):
         super().__init__(f"interrupted at step {step}")
         self.exit_code = 128 + signal_number
         self.step = step
+
+
+class SomeFailed(TrainerError):
+    """Of several runs trained together, those in `failures` did not get to their end; the others did."""
+
+    def __init__(self, failures: Mapping[str, Exception], complete: Sequence[str]) -> None:
+        told = "; ".join(f"{name}: {error}" for name, error in failures.items())
+        rest = f"; complete: {', '.join(complete)}" if complete else ""
+        super().__init__(f"{told}{rest}")
+        first = next(iter(failures.values()))
+        self.exit_code = first.exit_code if isinstance(first, TrainerError) else 1

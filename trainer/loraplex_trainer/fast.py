@@ -19,6 +19,7 @@ from loraplex_server.engine.quantized import fits, pack
 from loraplex_server.kernels.native import addresses, native
 from loraplex_trainer.attention import use_attention_kernel
 from loraplex_trainer.head import use_pieces
+from loraplex_trainer.mixed import PartsOf, active_parts, add_parts
 
 NO_ADAPTERS = (0,) * 7
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of mallopt(3)
@@ -82,11 +83,11 @@ class _Linear(torch.autograd.Function):
         return dx if dx is None else dx.view(ctx.shape).to(ctx.dtype), None, None, *of_weights
 
 
-def use_kernels(model: PeftModel) -> int:
+def use_kernels(model: PeftModel, parts_of: PartsOf = active_parts) -> int:
     """Let the model's 4-bit layers train by kernels, those with adapters and those without; returns how many can.
 
     None can of a base that is not on a CPU or not in bfloat16. Done once, before the first step, when all adapters are
-    there.
+    there; `parts_of` says which of them work on which tokens.
     """
     embeddings: Any = model.get_input_embeddings()
     if not native() or embeddings.weight.device.type != "cpu" or embeddings.weight.dtype != torch.bfloat16:
@@ -105,7 +106,7 @@ def use_kernels(model: PeftModel) -> int:
         packed = Packed(layer)
         layer.forward = partial(_alone, packed)
         if adapted is not None:
-            adapted.forward = partial(_with_adapter, adapted, packed)
+            adapted.forward = partial(_with_adapter, adapted, packed, parts_of)
         changed += 1
     use_pieces(model)
     _keep_memory()
@@ -188,20 +189,16 @@ def _alone(packed: Packed, x: torch.Tensor) -> torch.Tensor:
     return _Linear.apply(x, packed, [])  # pyright: ignore[reportReturnType]
 
 
-def _with_adapter(layer: Any, packed: Packed, x: torch.Tensor) -> torch.Tensor:
-    """peft's forward of one layer: the active adapters on all tokens, or none where they are turned off."""
-    names = [] if layer.disable_adapters else [name for name in layer.active_adapters if name in layer.lora_A]
-    dropped = layer.training and any(getattr(layer.lora_dropout[name], "p", 0) for name in names)
-    if dropped or any(layer.lora_B[name].bias is not None for name in names):
-        return _by_peft(layer, _alone(packed, x), x, names)
-    tokens = x.shape[:-1].numel()
-    spans = [(0, tokens, layer.scaling[name]) for name in names]
-    weights = [part[name].weight for name in names for part in (layer.lora_A, layer.lora_B)]
-    return _Linear.apply(x, packed, spans, *weights)  # pyright: ignore[reportReturnType]
+def _with_adapter(layer: Any, packed: Packed, parts_of: PartsOf, x: torch.Tensor) -> torch.Tensor:
+    """peft's forward of one layer; dropout and biases, which the kernels do not know, are left to torch."""
+    parts = parts_of(layer, x.shape[:-1].numel())
+    plain = [part for part in parts if not _is_more_than_two_matrices(layer, part.adapter)]
+    spans = [(part.start, part.stop, layer.scaling[part.adapter]) for part in plain]
+    weights = [matrix[part.adapter].weight for part in plain for matrix in (layer.lora_A, layer.lora_B)]
+    out: Any = _Linear.apply(x, packed, spans, *weights)
+    return out if plain == parts else add_parts(layer, out, x, [part for part in parts if part not in plain])
 
 
-def _by_peft(layer: Any, out: torch.Tensor, x: torch.Tensor, names: list[str]) -> torch.Tensor:
-    for name in names:
-        given = layer.lora_dropout[name](x.to(layer.lora_A[name].weight.dtype))
-        out = out + (layer.lora_B[name](layer.lora_A[name](given)) * layer.scaling[name]).to(out.dtype)
-    return out
+def _is_more_than_two_matrices(layer: Any, adapter: str) -> bool:
+    dropped = layer.training and getattr(layer.lora_dropout[adapter], "p", 0)
+    return bool(dropped) or layer.lora_B[adapter].bias is not None

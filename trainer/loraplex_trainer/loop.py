@@ -8,6 +8,7 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -16,16 +17,36 @@ from peft import PeftModel
 from torch.nn.functional import cross_entropy
 
 from loraplex_trainer import seq2seq
-from loraplex_trainer.adapter import rate_groups, trainable_parameters
+from loraplex_trainer.adapter import ADAPTER, rate_groups, trainable_parameters
 from loraplex_trainer.config import RunConfig
 from loraplex_trainer.data import IGNORED, Batch, Example, epoch_order, make_batch, steps_in_epoch
-from loraplex_trainer.errors import NotFinite, OutOfMemory
+from loraplex_trainer.errors import NotFinite, OutOfMemory, TrainerError
 from loraplex_trainer.head import head_in_pieces, hidden_states, loss_in_pieces
 from loraplex_trainer.optimizers import build_optimizer
 from loraplex_trainer.packing import packed_inputs
 from loraplex_trainer.schedule import count_steps, scheduled_rate
 from loraplex_trainer.stopping import Evaluation, is_best
 from loraplex_trainer.team import ALONE, Team
+
+
+def torch_generators() -> dict[str, torch.Generator]:
+    """torch's own, of the CPU and of the GPU in use."""
+    found = {"cpu": torch.default_generator}
+    if torch.cuda.is_available():
+        found["cuda"] = torch.cuda.default_generators[torch.cuda.current_device()]
+    return found
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step of the optimizer sees: examples, and where they are among all of the run's."""
+
+    indices: list[int]
+    examples: list[Example]
+
+    @property
+    def answer_tokens(self) -> int:
+        return sum(example.answer_tokens for example in self.examples)
 
 
 @dataclass
@@ -40,6 +61,8 @@ class Loop:
     config: RunConfig
     pad_id: int
     team: Team = ALONE
+    adapter: str = ADAPTER  # which of the model's adapters is this run's
+    generators: dict[str, torch.Generator] = field(default_factory=torch_generators)  # by kind of device, for dropout
     step: int = 0
     losses: list[float] = field(default_factory=list)
     evaluations: list[Evaluation] = field(default_factory=list)
@@ -50,7 +73,9 @@ class Loop:
 
     def __post_init__(self) -> None:
         training = self.config.training
-        self.parameters, groups = rate_groups(trainable_parameters(self.model), self.config.lora.plus_ratio)
+        self.parameters, groups = rate_groups(
+            trainable_parameters(self.model, self.adapter), self.config.lora.plus_ratio
+        )
         self.optimizer = build_optimizer(groups, training, self.model.device)
         self.steps_per_epoch = steps_in_epoch(len(self.examples), self.config.examples_per_step)
         self.total_steps = count_steps(training, self.steps_per_epoch)
@@ -61,24 +86,48 @@ class Loop:
         Raises NotFinite before a bad step is kept.
         """
         self.model.train()
-        for indices in self._remaining_steps():
-            chosen = [self.examples[index] for index in indices]
+        for step in self.remaining_steps():
             self.team.seed(self.config.training.seed, self.step)
-            loss = self._forward_backward(self.team.share(chosen), sum(example.answer_tokens for example in chosen))
-            loss = self.team.add_up(self.parameters, loss)
-            limit = self.config.training.max_grad_norm or math.inf
-            norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit)
-            self.learning_rate = scheduled_rate(self.step, self.total_steps, self.config.training)
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.learning_rate * group["times"]
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-            self.step += 1
-            self.tokens_done += sum(len(example.ids) for example in chosen)
-            self._unread.append((loss, norm, indices))
+            loss = self._forward_backward(step)
+            self.take(step, self.team.add_up(self.parameters, loss))
             if after_step(self):
                 break
         self.read_losses()
+
+    def remaining_steps(self) -> Iterator[Step]:
+        """From the one after `self.step` on; each is asked for when the one before is taken."""
+        lengths = [len(example.ids) for example in self.examples]
+        while self.step < self.total_steps:
+            epoch, place = divmod(self.step, self.steps_per_epoch)
+            order = epoch_order(lengths, self.config.examples_per_step, self.config.training.seed, epoch)
+            for indices in order[place : place + self.total_steps - self.step]:
+                yield Step(indices, [self.examples[index] for index in indices])
+
+    def micro_batches(self, step: Step) -> list[Sequence[Example]]:
+        """This process's share of a step, so many examples at a time."""
+        mine, size = self.team.share(step.examples), self.config.training.batch_size
+        return [mine[start : start + size] for start in range(0, len(mine), size)]
+
+    def scale_of(self, step: Step) -> int:
+        """A mean's gradients are too small for float16: the sum's are taken, and divided in float32."""
+        return step.answer_tokens if self.model.dtype == torch.float16 else 1
+
+    def take(self, step: Step, loss: torch.Tensor) -> None:
+        """Clips the gradients that are there, `scale_of` times the mean's, and takes the step; `loss` is read later."""
+        if (scale := self.scale_of(step)) > 1:
+            for parameter in self.parameters.values():
+                if parameter.grad is not None:
+                    parameter.grad.div_(scale)
+        limit = self.config.training.max_grad_norm or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit)
+        self.learning_rate = scheduled_rate(self.step, self.total_steps, self.config.training)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate * group["times"]
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self.tokens_done += sum(len(example.ids) for example in step.examples)
+        self._unread.append((loss, norm, step.indices))
 
     def is_due(self, every: int | str | None) -> bool:
         """Whether what is done `every` so many steps, or every "epoch", is due now. After the last step all is."""
@@ -115,41 +164,30 @@ class Loop:
             self.losses.append(loss)
         self._unread.clear()
 
-    def _forward_backward(self, chosen: Sequence[Example], answer_tokens: int) -> torch.Tensor:
-        """Adds to the gradients; returns the loss of `chosen`, a part of the mean over a step's `answer_tokens`."""
-        # A mean's gradients are too small for float16: the sum's are taken, and divided in float32.
-        scale = answer_tokens if self.model.dtype == torch.float16 else 1
+    def _forward_backward(self, step: Step) -> torch.Tensor:
+        """Adds to the gradients; returns the loss of this process's share, a part of the mean over the whole step."""
         total = torch.zeros((), device=self.model.device)
-        size = self.config.training.batch_size
-        for start in range(0, len(chosen), size):
-            part = chosen[start : start + size]
-            with self._memory_named(part):
-                loss = examples_loss(self.model, part, self.pad_id) / answer_tokens
-                (loss * scale).backward()
+        for part in self.micro_batches(step):
+            with memory_named(partial(self._too_much, part)):
+                loss = examples_loss(self.model, part, self.pad_id) / step.answer_tokens
+                (loss * self.scale_of(step)).backward()
             total += loss.detach().to(total.device)
-        if scale > 1:
-            for parameter in self.parameters.values():
-                if parameter.grad is not None:
-                    parameter.grad.div_(scale)
         return total
 
-    @contextmanager
-    def _memory_named(self, part: Sequence[Example]) -> Iterator[None]:
-        """Raises OutOfMemory, which says what to lower, in the place of torch's errors."""
-        try:
-            yield
-        except (RuntimeError, MemoryError) as error:  # the CPU's allocator raises a plain RuntimeError
-            if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
-                raise
-            longest = max(len(example.ids) for example in part)
-            raise OutOfMemory(self.step + 1, len(part), longest, self.config.training.accumulation_steps) from error
+    def _too_much(self, part: Sequence[Example]) -> OutOfMemory:
+        longest = max(len(example.ids) for example in part)
+        return OutOfMemory(self.step + 1, len(part), longest, self.config.training.accumulation_steps)
 
-    def _remaining_steps(self) -> Iterator[list[int]]:
-        lengths = [len(example.ids) for example in self.examples]
-        while self.step < self.total_steps:
-            epoch, place = divmod(self.step, self.steps_per_epoch)
-            order = epoch_order(lengths, self.config.examples_per_step, self.config.training.seed, epoch)
-            yield from order[place : place + self.total_steps - self.step]
+
+@contextmanager
+def memory_named(error: Callable[[], TrainerError]) -> Iterator[None]:
+    """Raises `error`, which says what to lower, in the place of torch's errors for want of memory."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as torchs:  # the CPU's allocator raises a plain RuntimeError
+        if not isinstance(torchs, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(torchs):
+            raise
+        raise error() from torchs
 
 
 def examples_loss(model: Any, examples: Sequence[Example], pad_id: int) -> torch.Tensor:
@@ -162,15 +200,30 @@ def examples_loss(model: Any, examples: Sequence[Example], pad_id: int) -> torch
 def loss_sum(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     """Cross-entropy summed over the labelled tokens, in float32; logits are made only where a label can be."""
     device = next(model.parameters()).device
-    inputs = {"input_ids": batch.input_ids.to(device), "use_cache": False, **packed_inputs(model, batch.position_ids)}
+    inputs = {"input_ids": batch.input_ids.to(device), **packed_inputs(model, batch.position_ids)}
     labels = batch.labels.flatten()
     labelled = (labels != IGNORED).nonzero().squeeze(1)  # found before the move: the device is not waited for
+    (loss,) = losses_at(model, inputs, batch.logits_to_keep, [(labelled, labels[labelled])])
+    return loss
+
+
+def losses_at(
+    model: torch.nn.Module,
+    inputs: dict[str, torch.Tensor],
+    positions: int | torch.Tensor,
+    answers: Sequence[tuple[torch.Tensor, torch.Tensor]],
+) -> list[torch.Tensor]:
+    """One forward, and the summed cross-entropy of each of `answers`: ids, and the places, row by row, they belong to.
+
+    `positions`: the last so many of each row, or these ones, among which the places are.
+    """
+    given = {**inputs, "use_cache": False}
     if head := head_in_pieces(model):
-        hidden = hidden_states(model, inputs, batch.logits_to_keep)
-        return loss_in_pieces(hidden.flatten(0, 1)[labelled], head, labels[labelled])
-    logits = model(logits_to_keep=batch.logits_to_keep, **inputs).logits  # (rows, answer positions, vocabulary)
-    chosen = logits.flatten(0, 1)[labelled.to(logits.device)].float()
-    return cross_entropy(chosen, labels[labelled].to(logits.device), reduction="sum")
+        hidden = hidden_states(model, given, positions).flatten(0, 1)
+        return [loss_in_pieces(hidden[at], head, ids) for at, ids in answers]
+    logits = model(logits_to_keep=positions, **given).logits.flatten(0, 1)  # (rows · positions, vocabulary)
+    where = logits.device
+    return [cross_entropy(logits[at.to(where)].float(), ids.to(where), reduction="sum") for at, ids in answers]
 
 
 @torch.no_grad()
