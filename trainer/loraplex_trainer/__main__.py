@@ -1,4 +1,4 @@
-"""The command `loraplex train`: reads the run file, runs it, and says in one line what went wrong if anything did.
+"""The command `loraplex train`: reads the run files, runs them, and says in one line what went wrong if anything did.
 
 Exit codes: 0 done; 1 failed on the way; 2 run file, data or checkpoint wrong, before any step; 130 and 143 stopped.
 """
@@ -6,6 +6,7 @@ Exit codes: 0 done; 1 failed on the way; 2 run file, data or checkpoint wrong, b
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -15,6 +16,7 @@ from rich.console import Console
 
 from loraplex_server.engine.errors import BaseNotFound, BaseUnusable, EngineError
 from loraplex_server.engine.upstream import quiet
+from loraplex_trainer.beside import check_together
 from loraplex_trainer.config import load_config
 from loraplex_trainer.errors import Interrupted, TrainerError
 from loraplex_trainer.run_schema import FILE as SCHEMA
@@ -44,27 +46,41 @@ class RunOrWord(click.Command):
     epilog="`loraplex train presets` lists run files to begin from. `loraplex train schema` prints the JSON Schema of "
     "run files, for editors.",
 )
-@click.argument("run_file", metavar="RUN_YAML", type=click.Path(path_type=Path))
-@click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1)
+@click.argument("arguments", metavar="RUN_YAML... [KEY=VALUE]...", nargs=-1, required=True)
 @click.option("--resume", is_flag=True, help="Go on from the checkpoint of a run that was interrupted.")
 @click.option("--check", "checking", is_flag=True, help="Read and show everything, train nothing, write nothing.")
 @click.option("--no-timing", is_flag=True, help="With --check: take no timed steps, so that no weight is read.")
-def train(run_file: Path, overrides: tuple[str, ...], resume: bool, checking: bool, no_timing: bool) -> None:
-    """Train one LoRA adapter as RUN_YAML says; KEY=VALUE sets a key, such as training.learning_rate=1e-3."""
+def train(arguments: tuple[str, ...], resume: bool, checking: bool, no_timing: bool) -> None:
+    """Train a LoRA adapter as RUN_YAML says, or several at once on one base, one for each RUN_YAML.
+
+    KEY=VALUE sets a key, such as training.learning_rate=1e-3, in every file.
+    """
+    files, overrides = _files_and_overrides(arguments)
     console = Console(highlight=False, quiet=_is_follower())
-    go_on = shlex.join(["loraplex", "train", str(run_file), *overrides, "--resume"])
+    go_on = shlex.join(["loraplex", "train", *arguments, "--resume"])
     try:
-        config = load_config(run_file, overrides, partial(console.print, markup=False, soft_wrap=True))
+        tell = partial(console.print, markup=False, soft_wrap=True)
+        configs = [load_config(file, overrides, tell) for file in files]
+        if len(files) > 1:
+            check_together(files, configs)
         # torch and its kin take seconds to import: a mistake in the run file is answered before.
         quiet()
         if checking:
             from loraplex_trainer.check import check
 
-            check(config, console, timing=not no_timing)
+            for file, config in zip(files, configs, strict=True):
+                if len(files) > 1:
+                    tell(f"{file}:")
+                check(config, console, timing=not no_timing)
             return
-        from loraplex_trainer.run import train
+        if len(files) > 1:
+            from loraplex_trainer.several import train_several
 
-        folder = train(config, resume=resume, console=console)
+            train_several(configs, resume=resume, console=console)
+        else:
+            from loraplex_trainer.run import train
+
+            train(configs[0], resume=resume, console=console)
     except Interrupted as stop:
         end(f"{stop}; go on with: {go_on}", stop.exit_code)
     except KeyboardInterrupt:
@@ -76,9 +92,18 @@ def train(run_file: Path, overrides: tuple[str, ...], resume: bool, checking: bo
     except (EngineError, OSError) as error:
         end(f"error: {error}", 2 if checking else 1)
     else:
-        push = f"registry push {config.name}"
-        following = push if config.served else "use it with peft; registry and server take LoRA on causal models alone"
-        console.print(f"adapter: {folder}\nnext:    {following}", markup=False, soft_wrap=True)
+        for config in configs:
+            push = f"registry push {config.name}"
+            other = "use it with peft; registry and server take LoRA on causal models alone"
+            done = f"adapter: {config.folder}\nnext:    {push if config.served else other}"
+            console.print(done, markup=False, soft_wrap=True)
+
+
+def _files_and_overrides(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """The first argument is a run file, and so is every other that is there, or is called like one."""
+    first, *rest = arguments
+    more = [text for text in rest if Path(text).is_file() or ("=" not in text and text.endswith((".yaml", ".yml")))]
+    return [Path(text) for text in (first, *more)], [text for text in rest if text not in more]
 
 
 @click.command()
@@ -101,7 +126,7 @@ def presets(name: str | None) -> None:
     elif name in files:
         click.echo(files[name].read_text(encoding="utf-8"), nl=False)
     else:
-        _end(f"error: there is no preset {name!r}; there are {', '.join(files)}", 2)
+        end(f"error: there is no preset {name!r}; there are {', '.join(files)}", 2)
 
 
 RunOrWord.words = {"presets": presets, "schema": schema}

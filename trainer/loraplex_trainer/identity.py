@@ -28,9 +28,8 @@ def run_identity(
 ) -> dict[str, Any]:
     """The settings, data, base and parent that the weights follow from."""
     template = template_file(config.data)
-    settings = {key: value for key, value in flat(config.model_dump(mode="json")).items() if not _is_free(key)}
     return {
-        "config": settings,
+        "config": settings_of(config.model_dump(mode="json")),
         "train_sha256": splits["train"].sha256,
         # What is only measured may change; what decides when to stop, or which step to keep, may not.
         "heldout_sha256": splits["heldout"].sha256 if config.training.evaluate_every else None,
@@ -39,6 +38,11 @@ def run_identity(
         "quantization": base.quantization,
         "parent": parent,
     }
+
+
+def settings_of(config: dict[str, Any]) -> dict[str, Any]:
+    """Dotted keys and values that the weights follow from. `config`: as JSON has it."""
+    return {key: value for key, value in flat(config).items() if not _is_free(key)}
 
 
 def difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str | None:

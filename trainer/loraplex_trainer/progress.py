@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import psutil
 import torch
@@ -16,13 +17,15 @@ from loraplex_trainer.tracking import Trackers
 class Reporter:
     """Says loss, learning rate, tokens per second, memory and the time left, each time it is asked to."""
 
-    def __init__(self, console: Console, loop: Loop, bar: Progress | None, trackers: Trackers) -> None:
+    def __init__(
+        self, console: Console, loop: Loop, bar: Progress | None, trackers: Trackers, label: str = "training"
+    ) -> None:
         self._console = console
         self._trackers = trackers
         self._bar = bar
         self._started = time.monotonic()
         self._steps_before = loop.step
-        self._task = bar.add_task("training", total=loop.total_steps, completed=loop.step, note="") if bar else None
+        self._task = bar.add_task(label, total=loop.total_steps, completed=loop.step, note="") if bar else None
 
     def report(self, loop: Loop) -> None:
         seconds = max(1e-9, time.monotonic() - self._started)
@@ -47,10 +50,10 @@ class Reporter:
 
 
 @contextmanager
-def reporting(console: Console, loop: Loop, trackers: Trackers) -> Iterator[Reporter]:
-    """A Reporter for one loop; the bar is drawn only on a terminal."""
+def bars(console: Console) -> Iterator[Progress | None]:
+    """What bars are drawn in, one for each Reporter; None where there is no terminal to draw on."""
     if not console.is_terminal:
-        yield Reporter(console, loop, None, trackers)
+        yield None
         return
     columns = (
         TextColumn("{task.description}"),
@@ -60,7 +63,18 @@ def reporting(console: Console, loop: Loop, trackers: Trackers) -> Iterator[Repo
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console) as bar:
-        yield Reporter(console, loop, bar, trackers)
+        yield bar
+
+
+class Named(Console):
+    """Another console, on which each line begins with a run's name: what is said where several runs speak."""
+
+    def __init__(self, console: Console, name: str) -> None:
+        super().__init__()
+        self._other, self._name = console, name
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        self._other.print(f"{self._name}:", *objects, **options)
 
 
 def memory_in_use() -> int:

@@ -21,7 +21,7 @@ from loraplex_trainer.data import Encoded, Split
 from loraplex_trainer.evaluate import Measured
 from loraplex_trainer.stopping import Evaluation
 
-FORMAT = "loraplex.receipt/1"
+FORMAT, RECEIPT = "loraplex.receipt/1", "receipt.json"
 PACKAGES = (
     *("torch", "transformers", "tokenizers", "peft", "bitsandbytes", "accelerate", "safetensors", "datasets"),
     "loraplex",
@@ -42,6 +42,7 @@ class Trained:
     heldout_loss: float | None
     parent: dict[str, Any] | None
     started: float  # time.monotonic() at which a run without interruptions would have started
+    beside: tuple[str, ...] = ()  # names of the runs that were trained in the same batches
 
 
 def receipt_of(config: RunConfig, splits: dict[str, Split], trained: Trained, measured: Measured) -> dict[str, Any]:
@@ -66,6 +67,7 @@ def receipt_of(config: RunConfig, splits: dict[str, Split], trained: Trained, me
         "goldens": [golden.record for golden in measured.goldens],
         "not_served": measured.not_served,
         "parent": trained.parent,
+        "trained_beside": list(trained.beside),
         "wall_seconds": round(time.monotonic() - trained.started, 3),
     }
 
@@ -104,7 +106,7 @@ def write_receipt(folder: Path, receipt: dict[str, Any]) -> None:
         "hardware": hardware(),
         "peak_memory_bytes": peak_memory_bytes(),
     }
-    (folder / "receipt.json").write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / RECEIPT).write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def versions() -> dict[str, str | None]:

@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,65 +38,96 @@ from loraplex_trainer.team import ALONE, Team, join_team
 from loraplex_trainer.tracking import check_packages
 
 
+@dataclass(frozen=True)
+class Material:
+    """What a run is made of, as far as it is known without its base."""
+
+    config: RunConfig
+    splits: dict[str, Split]
+    plan: Plan
+    console: Console  # where the run speaks
+
+    @classmethod
+    def read(cls, config: RunConfig, console: Console) -> "Material":
+        """Raises ConfigError and DataError for what is wrong before anything is loaded."""
+        check_packages(config)
+        splits = read_splits(config.data)
+        plan = Plan.of(config.evaluation)
+        say_what_is_the_same(splits, config.data.on_leak, console)
+        return cls(config, splits, plan, console)
+
+
 def train(config: RunConfig, *, resume: bool, console: Console) -> Path:
     """Runs the whole of `config` and returns the adapter's folder, which is complete when it appears.
 
     Raises ConfigError, DataError and CheckpointError for what is wrong before training; NotFinite and Interrupted
     during it; EvaluationError and NotPushed after it; EngineError for a base that cannot be loaded.
     """
-    check_packages(config)
-    splits = read_splits(config.data)
-    plan = Plan.of(config.evaluation)
-    say_what_is_the_same(splits, config.data.on_leak, console)
+    material = Material.read(config, console)
     team = join_team(config.base.device)
     if not team.is_first:
         team.wait()
-        earlier = load_progress(checkpoint_folder(config)) if resume else None
-        _train_adapter(config, splits, earlier, team, None, None, console)
+        _train_adapter(material, load_progress(checkpoint_folder(config)) if resume else None, team, None, None)
         return config.folder
-    with _partial_folder(config) as partial, Pushes(config, console) as pushes:
+    with partial_folder(config) as partial, Pushes(config, console) as pushes:
         finish_swap(config.folder)
         earlier = load_progress(checkpoint_folder(config)) if resume else None
         team.wait()
-        trained = _train_adapter(config, splits, earlier, team, partial, pushes, console)
-        _free_memory()
-        measured = evaluate(config, plan, partial, splits, trained.encoded, console)
-        with writing(partial, "the adapter"):
-            complete(partial, config, splits, trained, measured)
-            pushes.add(FINAL, len(trained.losses), lambda place: shutil.copytree(partial, place, dirs_exist_ok=True))
-            swap_in(partial, config.folder)
-        if measured.metrics or trained.heldout_loss is not None:
-            console.print(score_table(measured.metrics, trained.heldout_loss))
-        pushes.finish()
+        trained = _train_adapter(material, earlier, team, partial, pushes)
+        free_memory()
+        finish(material, trained, partial, pushes)
     return config.folder
 
 
 def _train_adapter(
-    config: RunConfig,
-    splits: dict[str, Split],
-    earlier: Progress | None,
-    team: Team,
-    folder: Path | None,
-    pushes: Pushes | None,
-    console: Console,
+    material: Material, earlier: Progress | None, team: Team, folder: Path | None, pushes: Pushes | None
 ) -> Trained:
     """Loads and trains, and writes the adapter's files into `folder`: None, and no pushes, where another one writes."""
-    started = time.monotonic() - (earlier.wall_seconds if earlier else 0.0)
+    config, started = material.config, time.monotonic()
     base = load_base(**config.base.load_options)
     encoder = encoder_for(base, config.data)
-    encoded = encode_splits(config, splits, base, encoder, console)
+    encoded = encode_splits(config, material.splits, base, encoder, material.console)
     loop = build_loop(config, base, encoded["train"], team)
-    identity = _go_on(loop, config, splits, base, earlier) if earlier else _begin(loop, config, splits, base)
+    session = open_session(material, base, encoder, encoded, loop, earlier, pushes, started)
     team.share_weights(loop.parameters)
-    say(console, _opening(loop, base, encoded["train"]))
-    session = Session(config, splits, base, encoder, encoded, loop, identity, pushes, console, started)
+    say(material.console, opening(session))
     trained = session.run()
     team.leave()
     if folder is not None:
-        with writing(folder, "the adapter"):
-            session.write_adapter(folder)
-            session.write_curve(folder)
+        session.write(folder)
     return trained
+
+
+def open_session(
+    material: Material,
+    base: Base,
+    encoder: Encoder,
+    encoded: dict[str, Encoded],
+    loop: Loop,
+    earlier: Progress | None,
+    pushes: Pushes | None,
+    started: float,
+    beside: tuple[str, ...] = (),
+) -> Session:
+    """The run as it begins, or where its checkpoint left off. `started`: time.monotonic() at which this process did."""
+    config, splits = material.config, material.splits
+    identity = _go_on(loop, config, splits, base, earlier) if earlier else _begin(loop, config, splits, base)
+    started -= earlier.wall_seconds if earlier else 0.0
+    console = material.console
+    return Session(config, splits, base, encoder, encoded, loop, identity, pushes, console, started, beside)
+
+
+def finish(material: Material, trained: Trained, partial: Path, pushes: Pushes) -> None:
+    """From an adapter's files in `partial` to its folder: measured, with card and receipt, and pushed."""
+    config, console = material.config, material.console
+    measured = evaluate(config, material.plan, partial, material.splits, trained.encoded, console)
+    with writing(partial, "the adapter"):
+        complete(partial, config, material.splits, trained, measured)
+        pushes.add(FINAL, len(trained.losses), lambda place: shutil.copytree(partial, place, dirs_exist_ok=True))
+        swap_in(partial, config.folder)
+    if measured.metrics or trained.heldout_loss is not None:
+        console.print(score_table(measured.metrics, trained.heldout_loss))
+    pushes.finish()
 
 
 def build_loop(config: RunConfig, base: Base, train: Encoded, team: Team = ALONE) -> Loop:
@@ -106,8 +138,12 @@ def build_loop(config: RunConfig, base: Base, train: Encoded, team: Team = ALONE
         use_kernels(model)
     if config.data.packing:
         prepare_packing(model)
-    pad_id = pad if isinstance(pad := base.tokenizer.pad_token_id, int) else 0  # neither attended to nor labelled
-    return Loop(model, rows_of(train, config), config, pad_id, team)
+    return Loop(model, rows_of(train, config), config, pad_id_of(base), team)
+
+
+def pad_id_of(base: Base) -> int:
+    """Which one does not matter: it is neither attended to nor labelled."""
+    return pad if isinstance(pad := base.tokenizer.pad_token_id, int) else 0
 
 
 def encode_splits(
@@ -164,7 +200,7 @@ def _begin(loop: Loop, config: RunConfig, splits: dict[str, Split], base: Base) 
         parent = find_parent(config, base.description, Path(scratch))
         if parent is None:
             return run_identity(config, splits, base, None)
-        load_weights(loop.model, parent.folder)
+        load_weights(loop.model, parent.folder, loop.adapter)
         return run_identity(config, splits, base, parent.record)
 
 
@@ -182,7 +218,9 @@ def _go_on(loop: Loop, config: RunConfig, splits: dict[str, Split], base: Base, 
     return earlier.run
 
 
-def _opening(loop: Loop, base: Base, train: Encoded) -> str:
+def opening(session: Session) -> str:
+    """What a run is, in one line."""
+    loop, base, train = session.loop, session.base, session.encoded["train"]
     trainable = sum(parameter.numel() for parameter in loop.parameters.values())
     start = f", going on after step {loop.step}" if loop.step else ""
     rows = f" in {len(loop.examples)} rows" if loop.config.data.packing else ""
@@ -195,7 +233,7 @@ def _opening(loop: Loop, base: Base, train: Encoded) -> str:
 
 
 @contextmanager
-def _partial_folder(config: RunConfig) -> Iterator[Path]:
+def partial_folder(config: RunConfig) -> Iterator[Path]:
     """A folder beside the output in which it is made, by one run at a time: swapped in at the end, or thrown away."""
     partial = config.folder.with_name(f".{config.folder.name}.partial")
     with locked_folder(partial):
@@ -205,7 +243,7 @@ def _partial_folder(config: RunConfig) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def _free_memory() -> None:
+def free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

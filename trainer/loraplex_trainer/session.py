@@ -5,17 +5,20 @@ Knows its loop, its checkpoint and its drafts; what they are made from is put to
 
 import signal
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.progress import Progress as Bars
 
 from loraplex_server.engine.model import Base
 from loraplex_trainer.adapter import save_adapter
 from loraplex_trainer.card import write_card
-from loraplex_trainer.checkpoint import Progress, save_checkpoint
+from loraplex_trainer.checkpoint import Progress, save_checkpoint, writing
 from loraplex_trainer.config import RunConfig
 from loraplex_trainer.curve import write_curve
 from loraplex_trainer.data import Encoded, Split
@@ -23,11 +26,13 @@ from loraplex_trainer.encoding import Encoder
 from loraplex_trainer.errors import Interrupted
 from loraplex_trainer.evaluate import Measured
 from loraplex_trainer.loop import Loop, mean_loss, stop_signals
-from loraplex_trainer.progress import Reporter, reporting, say
+from loraplex_trainer.progress import Reporter, bars, say
 from loraplex_trainer.push import DRAFT, Pushes
 from loraplex_trainer.receipt import Trained, base_record, receipt_of, write_receipt
 from loraplex_trainer.stopping import should_stop
 from loraplex_trainer.tracking import tracking
+
+AfterStep = Callable[[Loop], bool]
 
 
 @dataclass
@@ -48,20 +53,33 @@ class Session:
     pushes: Pushes | None
     console: Console
     started: float
+    beside: tuple[str, ...] = ()  # the names of the runs that are trained on the same base at the same time
 
     def run(self) -> Trained:
         """Takes the steps that are left. Raises NotFinite, OutOfMemory, NotWritten, Interrupted."""
-        loop, team = self.loop, self.loop.team
+        with stop_signals() as stopped, bars(self.console) as bar, self.at_work(stopped, bar) as after_step:
+            if not self.is_over:
+                self.loop.run(after_step)
+        return self.settle()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no step is left: a checkpoint may be the one it stopped at."""
+        stopped_early = should_stop(self.loop.evaluations, self.config.training.early_stopping)
+        return stopped_early or self.loop.step == self.loop.total_steps
+
+    @contextmanager
+    def at_work(self, stopped: list[int], bar: Bars | None, label: str = "training") -> Iterator[AfterStep]:
+        """Pushes, trackers and progress of the steps that are left; gives what is done after each of them."""
         if self.pushes:
             self.pushes.start(self.base.description)
-        with (
-            tracking(self.config if team.is_first else None) as trackers,
-            stop_signals() as stopped,
-            reporting(self.console, loop, trackers) as reporter,
-        ):
-            # A checkpoint may be the one it stopped at.
-            if not should_stop(loop.evaluations, self.config.training.early_stopping):
-                loop.run(partial(self._after_step, reporter, stopped))
+        with tracking(self.config if self.loop.team.is_first else None) as trackers:
+            reporter = Reporter(self.console, self.loop, bar, trackers, label)
+            yield partial(self._after_step, reporter, stopped)
+
+    def settle(self) -> Trained:
+        """After the last step: the weights that are kept, and their held-out loss."""
+        loop = self.loop
         if loop.step < loop.total_steps:
             say(self.console, f"stopped at step {loop.step}: the held-out loss no longer falls")
         kept_step = loop.settle()
@@ -70,17 +88,18 @@ class Session:
         heldout_loss = dict(loop.evaluations).get(kept_step)
         if heldout_loss is None and "heldout" in self.encoded:
             examples, size = self.encoded["heldout"].examples, self.config.training.batch_size
-            heldout_loss = mean_loss(loop.model, examples, size, loop.pad_id, team)
+            heldout_loss = mean_loss(loop.model, examples, size, loop.pad_id, loop.team)
         return self._trained(kept_step, heldout_loss)
 
-    def write_adapter(self, folder: Path) -> None:
-        """The adapter's two files, as the model has them now."""
-        save_adapter(self.loop.model, folder, self.base.id, self.base.revision)
-
-    def write_curve(self, folder: Path) -> None:
-        """The losses so far, as a table and a picture."""
+    def write(self, folder: Path) -> None:
+        """The adapter as the model has it now, and the losses so far as a table and a picture."""
         loop = self.loop
-        write_curve(folder, loop.losses, loop.evaluations, self.config.training, loop.total_steps)
+        with writing(folder, "the adapter"):
+            self._write_adapter(folder)
+            write_curve(folder, loop.losses, loop.evaluations, self.config.training, loop.total_steps)
+
+    def _write_adapter(self, folder: Path) -> None:
+        save_adapter(self.loop.model, folder, self.base.id, self.base.revision, self.loop.adapter)
 
     def _after_step(self, reporter: Reporter, stopped: list[int], loop: Loop) -> bool:
         """Measures, reports, saves and pushes what is due; says whether the step was the last."""
@@ -114,7 +133,7 @@ class Session:
         save_checkpoint(checkpoint_folder(self.config), progress, loop)
 
     def _write_draft(self, folder: Path) -> None:
-        self.write_adapter(folder)
+        self._write_adapter(folder)
         complete(folder, self.config, self.splits, self._trained(self.loop.step, None), Measured({}))
 
     def _trained(self, kept_step: int, heldout_loss: float | None) -> Trained:
@@ -129,6 +148,7 @@ class Session:
             heldout_loss=heldout_loss,
             parent=self.identity["parent"],
             started=self.started,
+            beside=self.beside,
         )
 
 
