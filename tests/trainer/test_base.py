@@ -148,6 +148,13 @@ def test_a_part_of_the_base_off_the_gpu_is_refused(write_run, train, place, word
     assert f"a part of the base on {word}" in message and message.count("\n") == 1
 
 
+@pytest.mark.parametrize(("place", "words"), [({"": 77}, "GPU 77"), ({"": "gpu"}, "'gpu'")])
+def test_a_device_that_is_not_there_is_refused(write_run, train, place, words):
+    base = {"model": load_config(write_run()).base.model, "device_map": place}
+    message = train(write_run(base=base), exit_code=2).stderr
+    assert words in message and message.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [

@@ -59,7 +59,8 @@ def test_the_settings_of_the_seven_billion_run_under_their_old_names(load):
     assert str(config.output) == "results"
     assert "per_device_train_batch_size -> training.batch_size" in lines
     assert "bf16: true -> base.dtype: bfloat16" in lines
-    assert "bias: none: needs no setting: no bias is trained" in lines
+    assert "bias -> lora.bias" in lines
+    assert "task_type: CAUSAL_LM: needs no setting" in lines
     assert len(lines) == 28  # every option is told of
 
 
@@ -101,6 +102,40 @@ def test_the_settings_of_the_seven_billion_run_under_their_old_names(load):
         ({"lora_target_linear": True}, "lora.target_modules", "all-linear"),
         ({"target_modules": ["q_proj"]}, "lora.target_modules", ("q_proj",)),
         ({"use_rslora": True}, "lora.rslora", True),
+        ({"use_dora": True}, "lora.dora", True),
+        ({"init_lora_weights": True}, "lora.init", "default"),
+        ({"init_lora_weights": "pissa_niter_16"}, "lora.init", "pissa"),
+        ({"peft_init_lora_weights": "gaussian"}, "lora.init", "gaussian"),
+        ({"bias": "lora_only"}, "lora.bias", "lora_only"),
+        ({"modules_to_save": ["lm_head"]}, "lora.modules_to_save", ("lm_head",)),
+        ({"rank_pattern": {"q_proj": 4}}, "lora.rank_pattern", {"q_proj": 4}),
+        ({"loraplus_lr_ratio": 16.0}, "lora.plus_ratio", 16.0),
+        ({"gradient_checkpointing": True}, "training.gradient_checkpointing", True),
+        (
+            {"activation_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+            "training.gradient_checkpointing",
+            True,
+        ),
+        ({"device_map": "auto"}, "base.device_map", "auto"),
+        ({"device_map": {"": 0}}, "base.device_map", {"": 0}),
+        ({"load_in_8bit": True}, "base.quantization", "int8"),
+        ({"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}, "base.quantization", "fp4"),
+        ({"load_in_4bit": True, "bnb_4bit_use_double_quant": False}, "base.double_quantization", False),
+        ({"fp16": True}, "base.dtype", "float16"),
+        ({"task_type": "SEQ_2_SEQ_LM"}, "base.task", "seq2seq"),
+        ({"model_type": "AutoModelForSeq2SeqLM"}, "base.task", "seq2seq"),
+        ({"peft_config": {"peft_type": "IA3", "target_modules": ["v_proj"]}}, "ia3.target_modules", ("v_proj",)),
+        (
+            {"peft_config": {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 8, "prompt_tuning_init": "RANDOM"}},
+            "prompt.init",
+            "random",
+        ),
+        (
+            {"peft_config": {"peft_type": "P_TUNING", "encoder_reparameterization_type": "LSTM"}},
+            "prompt.encoder",
+            "lstm",
+        ),
+        ({"peft_config": {"peft_type": "PREFIX_TUNING", "prefix_projection": True}}, "method", "prefix"),
         ({"lora_dropout": None}, "lora.dropout", 0.0),  # Axolotl's files are full of empty keys
     ],
 )
@@ -109,7 +144,8 @@ def test_what_an_option_becomes(load, theirs, key, value):
     for part in key.split("."):
         config = getattr(config, part)
     assert config == value
-    assert all(any(line.startswith(name) for line in lines) for name in theirs)
+    names = [name for option, given in theirs.items() for name in (given if option == "peft_config" else [option])]
+    assert all(any(line.startswith(name) for line in lines) for name in names)
 
 
 @pytest.mark.parametrize("strategy", ["eval_strategy", "evaluation_strategy"])
@@ -146,7 +182,13 @@ def test_as_key_value_they_win_over_the_file_under_either_name(write_run, train)
         (["per_device_eval_batch_size=8"], ["per_device_eval_batch_size", "training.batch_size"]),
         (["deepspeed=zero2.json"], ["deepspeed", "zero2.json", "torchrun"]),
         (["fsdp=full_shard"], ["fsdp", "torchrun"]),
-        (["bias=all"], ["bias", "all", "no bias is trained"]),
+        (["bias=most"], ["lora.bias", "most", "'lora_only'"]),
+        (["lora_bias=true"], ["lora_bias", "true", "no bias of their own"]),
+        (["init_lora_weights=false"], ["init_lora_weights", "false", "lora.init"]),
+        (["init_lora_weights=eva"], ["lora.init", "eva", "'pissa'"]),
+        (["gradient_checkpointing_kwargs={use_reentrant: true}"], ["use_reentrant", "not reentrant"]),
+        (["llm_int8_threshold=6.0"], ["llm_int8_threshold", "6.0", "dequantized"]),
+        (["peft_type=LOHA"], ["peft_type", "LOHA", "p_tuning"]),
         (["task_type=TOKEN_CLS"], ["task_type", "TOKEN_CLS"]),
         (["optim=lomo"], ["training.optimizer", "lomo", "'adamw_8bit'"]),
         (["lr_scheduler_kwargs={min_lr: 1e-5}"], ["lr_scheduler_kwargs", "training.min_lr_ratio"]),

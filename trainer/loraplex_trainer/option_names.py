@@ -22,6 +22,8 @@ RENAMED = {
     "torch_dtype": "base.dtype",
     "bnb_4bit_compute_dtype": "base.dtype",
     "bnb_4bit_quant_type": "base.quantization",
+    "bnb_4bit_use_double_quant": "base.double_quantization",
+    "device_map": "base.device_map",
     "train_file": "data.train",
     "dataset_name": "data.train",
     "packing": "data.packing",
@@ -38,9 +40,28 @@ RENAMED = {
     "lora_alpha": "lora.alpha",
     "lora_dropout": "lora.dropout",
     "lora_target_modules": "lora.target_modules",
-    "target_modules": "lora.target_modules",
+    "exclude_modules": "lora.exclude_modules",
+    "layers_to_transform": "lora.layers_to_transform",
+    "peft_layers_to_transform": "lora.layers_to_transform",
+    "rank_pattern": "lora.rank_pattern",
+    "alpha_pattern": "lora.alpha_pattern",
     "use_rslora": "lora.rslora",
     "peft_use_rslora": "lora.rslora",
+    "use_dora": "lora.dora",
+    "peft_use_dora": "lora.dora",
+    "loraplus_lr_ratio": "lora.plus_ratio",
+    "bias": "lora.bias",
+    "modules_to_save": "lora.modules_to_save",
+    "lora_modules_to_save": "lora.modules_to_save",
+    "trainable_token_indices": "lora.trainable_token_indices",
+    "peft_trainable_token_indices": "lora.trainable_token_indices",
+    "feedforward_modules": "ia3.feedforward_modules",
+    "num_virtual_tokens": "prompt.virtual_tokens",
+    "prompt_tuning_init": "prompt.init",
+    "prompt_tuning_init_text": "prompt.text",
+    "prefix_projection": "prompt.projection",
+    "encoder_reparameterization_type": "prompt.encoder",
+    "encoder_hidden_size": "prompt.hidden_size",
     "num_train_epochs": "training.epochs",
     "num_epochs": "training.epochs",
     "per_device_train_batch_size": "training.batch_size",
@@ -53,6 +74,8 @@ RENAMED = {
     "adam_epsilon": "training.eps",
     "weight_decay": "training.weight_decay",
     "warmup_ratio": "training.warmup_ratio",
+    "gradient_checkpointing": "training.gradient_checkpointing",
+    "activation_checkpointing": "training.gradient_checkpointing",
     "seed": "training.seed",
     "logging_steps": "training.log_every_steps",
     "early_stopping_patience": "training.early_stopping.patience",
@@ -71,6 +94,8 @@ VALUES: dict[str, dict[Any, str]] = {
         "fp32": "float32",
         "torch.float32": "float32",
     },
+    "prompt.init": {"SAMPLE_VOCAB": "vocabulary", "TEXT": "text", "RANDOM": "random"},
+    "prompt.encoder": {"MLP": "mlp", "LSTM": "lstm"},
     "training.optimizer": {
         "adamw_torch": "adamw",
         "adamw_torch_fused": "adamw",
@@ -86,15 +111,25 @@ CHOICES: dict[str, tuple[tuple[Any, dict[str, Any]], ...]] = {
     "fp16": ((True, {"base.dtype": "float16"}), (False, {})),
     "load_best_model_at_end": ((True, {"training.keep": "best"}), (False, {})),
     "lora_target_linear": ((True, {"lora.target_modules": "all-linear"}), (False, {})),
+    "model_type": (("AutoModelForCausalLM", {}), ("AutoModelForSeq2SeqLM", {"base.task": "seq2seq"})),
+    "peft_type": (
+        ("LORA", {}),
+        ("IA3", {"method": "ia3"}),
+        ("PROMPT_TUNING", {"method": "prompt"}),
+        ("PREFIX_TUNING", {"method": "prefix"}),
+        ("P_TUNING", {"method": "p_tuning"}),
+    ),
+    "task_type": (("CAUSAL_LM", {}), ("SEQ_2_SEQ_LM", {"base.task": "seq2seq"})),
     "no_cuda": ((True, {"base.device": "cpu"}), (False, {})),
     "use_cpu": ((True, {"base.device": "cpu"}), (False, {})),
 }
 
 # Their name: the values that ask for what is done here anyway, and what that is.
 AS_IT_IS: dict[str, tuple[Sequence[Any], str]] = {
-    "bias": (("none",), "no bias is trained"),
-    "lora_bias": (("none", False), "no bias is trained"),
-    "bnb_4bit_use_double_quant": ((True,), "nf4 is always doubly quantized"),
+    "lora_bias": (("none", False), "the adapter's matrices have no bias of their own"),
+    "llm_int8_enable_fp32_cpu_offload": ((False,), "the whole base is on its GPUs"),
+    "gradient_checkpointing_kwargs": (({"use_reentrant": False},), "checkpoints are not reentrant"),
+    "activation_checkpointing_kwargs": (({"use_reentrant": False},), "checkpoints are not reentrant"),
     "completion_only_loss": ((True,), "the loss is on the completion alone"),
     "train_on_inputs": ((False,), "the loss is on the completion alone"),
     "dataloader_num_workers": (range(1000), "the examples are tokenized before the first step"),
@@ -108,7 +143,6 @@ AS_IT_IS: dict[str, tuple[Sequence[Any], str]] = {
     "label_smoothing_factor": ((0,), "labels are not smoothed"),
     "logging_strategy": (("steps",), "progress is told every training.log_every_steps"),
     "metric_for_best_model": (("loss", "eval_loss"), "the best step is the one with the lowest held-out loss"),
-    "model_type": (("AutoModelForCausalLM",), "the base's config.json says it"),
     "tokenizer_type": (("AutoTokenizer",), "the base's tokenizer_config.json says it"),
     "overwrite_output_dir": ((True,), "a finished adapter of the name is replaced when the new one is complete"),
     "push_to_hub": ((False,), "nothing is uploaded"),
@@ -116,7 +150,6 @@ AS_IT_IS: dict[str, tuple[Sequence[Any], str]] = {
     "save_safetensors": ((True,), "nothing else is written"),
     "save_total_limit": (range(1, 1000), "one checkpoint is kept, to resume from"),
     "strict": ((True, False), "an unknown key always stops the start"),
-    "task_type": (("CAUSAL_LM",), "a causal language model is what is trained"),
     "torch_compile": ((False,), "nothing is compiled"),
     "trust_remote_code": ((False,), "no code of a checkpoint is run"),
 }
@@ -129,6 +162,11 @@ INSTEAD = {
     "dataset_text_field": "name the column in data.completion",
     "data_parallel": "it gathers all on GPU 0, and copies the base in each step: start one process a GPU with torchrun",
     "datasets": "list them under data.train, and say their form under data.form",
+    "init_lora_weights": "lora.init is default, gaussian, orthogonal, pissa, olora or loftq",
+    "llm_int8_threshold": "8-bit layers are multiplied dequantized, so that no activation is rounded",
+    "model_type": "base.task is causal or seq2seq: AutoModelForCausalLM or AutoModelForSeq2SeqLM",
+    "peft_type": "method is lora, ia3, prompt, prefix or p_tuning",
+    "task_type": "base.task is causal or seq2seq: CAUSAL_LM or SEQ_2_SEQ_LM",
     "deepspeed": "ZeRO shares out memory that an adapter's few numbers do not need; torchrun gives data parallelism",
     "fsdp": "every process holds the whole base; torchrun gives data parallelism",
     "eval_batch_size": "held-out examples are measured in batches of training.batch_size",
@@ -245,6 +283,17 @@ def _steps(key: str, *strategies: str) -> Callable[[Any, Settings], Ours | None]
     return lambda steps, theirs: {key: steps} if all(theirs.get(s, "steps") == "steps" for s in strategies) else {}
 
 
+def _init(start: Any, _: Settings) -> Ours | None:
+    """peft's `pissa_niter_16` says how often PiSSA's decomposition is refined: that is as often here anyway."""
+    if isinstance(start, str) and start.startswith("pissa_niter_"):
+        return {"lora.init": "pissa"}
+    return None if start is False else {"lora.init": "default" if start is True else start}
+
+
+def _targets(modules: Any, theirs: Settings) -> Ours:
+    return {f"{'ia3' if theirs.get('peft_type') == 'IA3' else 'lora'}.target_modules": modules}
+
+
 def _betas(_: Any, theirs: Settings) -> Ours:
     return {"training.betas": [theirs.get("adam_beta1", 0.9), theirs.get("adam_beta2", 0.999)]}
 
@@ -278,6 +327,9 @@ COMPUTED: dict[str, Callable[[Any, Settings], Ours | None]] = {
     "eval_steps": _steps("training.evaluate_every", "eval_strategy", "evaluation_strategy"),
     "save_strategy": _strategy("training.save_every", "save_steps"),
     "save_steps": _steps("training.save_every", "save_strategy"),
+    "init_lora_weights": _init,
+    "peft_init_lora_weights": _init,
+    "target_modules": _targets,
     "load_in_4bit": _quantization("nf4", "load_in_8bit"),
     "load_in_8bit": _quantization("int8", "load_in_4bit"),
     "lr_scheduler_kwargs": _scheduler_options,

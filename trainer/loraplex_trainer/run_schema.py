@@ -22,7 +22,15 @@ def run_schema(page: str) -> dict[str, Any]:
     for key in known_keys():
         if key in words:
             _place_of(key, schema)["description"] = words[key].replace("`", "")
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "A run of loraplex train"}
+    whole = {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "A run of loraplex train"}
+    return _any_of(whole)
+
+
+def _any_of(schema: Any) -> Any:
+    """What pydantic tells apart by a function (`5%` is a share, and could be a path) is more than one of its kinds."""
+    if isinstance(schema, dict):
+        return {"anyOf" if key == "oneOf" else key: _any_of(value) for key, value in schema.items()}
+    return [_any_of(one) for one in schema] if isinstance(schema, list) else schema
 
 
 def schema_text(page: str) -> str:

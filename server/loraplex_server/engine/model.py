@@ -107,6 +107,7 @@ def load_base(
         raise BaseUnusable(f"task is {task!r}, expected one of {', '.join(TASKS)}")
     if isinstance(device_map, Mapping):
         _refuse_offload(device_map)
+        _refuse_absent(device_map)
     folder = _folder(id_or_path, revision, _HUB_FILES if weights else _HUB_FILES[:-1])
     try:
         config = AutoConfig.from_pretrained(folder)
@@ -221,6 +222,16 @@ def _generation_config(folder: Path, config: Any) -> GenerationConfig:
     if (folder / "generation_config.json").is_file():
         return GenerationConfig.from_pretrained(folder)
     return GenerationConfig.from_model_config(config)
+
+
+def _refuse_absent(places: Mapping[str, Any]) -> None:
+    for place in places.values():
+        try:
+            there = torch.device(f"cuda:{place}" if isinstance(place, int) else place)
+        except RuntimeError:
+            raise BaseUnusable(f"device_map names {place!r}, expected a device such as 0, 'cuda:1' or 'cpu'") from None
+        if there.type == "cuda" and (there.index or 0) >= torch.cuda.device_count():
+            raise BaseUnusable(f"device_map names GPU {there.index or 0}, and {torch.cuda.device_count()} are here")
 
 
 def _refuse_offload(places: Mapping[str, Any]) -> None:
