@@ -120,6 +120,15 @@ def test_a_row_of_an_8_bit_base_is_computed_alike_in_any_company_and_mode(base_f
     assert torch.equal(layer(rows[None])[0], together)
 
 
+def test_packed_rows_of_an_8_bit_base_do_not_see_each_other(write_run, train, receipt):
+    steps = {"max_steps": 1, "batch_size": 48}
+    train(write_run(name="rows", base__quantization="int8", training=steps))
+    train(write_run(name="packed", base__quantization="int8", data__packing=True, training=steps))
+    assert receipt("packed")["losses"]["train_first"] == pytest.approx(
+        receipt("rows")["losses"]["train_first"], abs=1e-5
+    )
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_16_bit_base_trains_as_the_32_bit_one_does(write_run, train, receipt, dtype):
     """float16 gradients of a mean over many tokens are too small for the type, and were zero."""

@@ -132,6 +132,8 @@ def test_ia3_on_an_architecture_that_peft_does_not_know_asks_for_names(write_run
         ({"method": "p_tuning", "prompt": {"projection": True}}, ["prompt.projection", "'p_tuning'"]),
         ({"method": "prefix", "prompt": {"hidden_size": 8}}, ["prompt.hidden_size", "prompt.projection"]),
         ({"method": "prompt", "prompt": {"encoder": "lstm"}}, ["prompt.encoder", "'prompt'"]),
+        ({"method": "prompt", "data__packing": True}, ["data.packing", "'prompt'"]),
+        ({"method": "ia3", "push": {"every": "save"}}, ["push.every", "LoRA"]),
         ({"method": "prompt", "continue_from": "other"}, ["continue_from", "'prompt'"]),
     ],
     ids=str,

@@ -1,13 +1,16 @@
 """T5-style bases: the encoder reads the prompt, the decoder learns the answer; scored by transformers, never served."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from bases import assert_measured, heldout_examples, loss_of, make_base, reloaded
+import torch
+from bases import EOS, assert_measured, heldout_examples, loss_of, make_base, reloaded
 from oracle import engine_for
 from safetensors.torch import load_file
-from transformers import AutoModelForSeq2SeqLM
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from loraplex_server.engine.engine import Engine
 from loraplex_server.engine.errors import AdapterRefused, BaseNotFound, BaseUnusable
@@ -32,6 +35,53 @@ def test_the_first_loss_is_transformers_own_and_it_falls(write_run, train, recei
     expected = loss_of(AutoModelForSeq2SeqLM.from_pretrained(t5), heldout_examples(run))
     assert losses["train_first"] == pytest.approx(expected, abs=1e-5)
     assert losses["heldout"] < losses["train_first"] - 0.3
+
+
+def test_each_answer_of_a_conversation_is_learnt_after_all_that_is_before_it(write_run, train, receipt, t5, tmp_path):
+    rows = ["<usr> river <bot> stone <usr> winter garden <bot> letter", "<usr> harbor <bot> lantern, candle"]
+    path = tmp_path / "talks.jsonl"
+    path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows), encoding="utf-8")
+    data = {"train": str(path), "heldout": str(path), "form": "usr_bot", "max_tokens": 128}
+    run = write_run(data=data, training={"max_steps": 1, "batch_size": 2})
+    train(run, "evaluation.metric=exact_match")
+    examples = heldout_examples(run)
+    assert [len(example.trained) for example in examples] == [2, 1]
+    alone, total = AutoModelForSeq2SeqLM.from_pretrained(t5), 0.0
+    for example in examples:
+        ids = torch.tensor([example.ids])
+        for start, stop in example.trained:
+            total += alone(input_ids=ids[:, :start], labels=ids[:, start:stop]).loss.item() * (stop - start)
+    expected = total / sum(example.answer_tokens for example in examples)
+    assert receipt()["losses"]["train_first"] == pytest.approx(expected, abs=1e-5)
+    assert receipt()["metrics"]["base_heldout_loss"] == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"data__packing": True}, "data.packing"),
+        ({"data__loss_on": "all"}, "data.loss_on"),
+        ({"data": {"train": "x.txt", "form": "text"}}, "data.form"),
+    ],
+    ids=str,
+)
+def test_what_leaves_the_encoder_nothing_to_read_is_refused(write_run, train, changes, words):
+    message = train(write_run(**changes), exit_code=2).stderr
+    assert words in message and "seq2seq" in message and message.count("\n") == 1
+
+
+def test_a_tokenizer_that_ends_each_text_as_t5_s_does_is_read_as_it_is(write_run, train, receipt, t5):
+    """T5's encoder has seen every text with its end: the prompt keeps it, and the answer has one of its own."""
+    tokenizer = AutoTokenizer.from_pretrained(t5)
+    ended = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", EOS)])
+    tokenizer.backend_tokenizer.post_processor = ended
+    tokenizer.save_pretrained(t5)
+    run = write_run()
+    train(run)
+    example = heldout_examples(run)[0]
+    ((start, stop),) = example.trained
+    assert example.ids[start - 1] == example.ids[stop - 1] == EOS and example.ids.count(EOS) == 2
+    assert receipt()["losses"]["train_last"] < receipt()["losses"]["train_first"]
 
 
 KINDS: dict[str, dict[str, Any]] = {

@@ -90,6 +90,13 @@ def test_a_mistake_is_told_once(write_run):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+def test_a_base_on_several_devices_is_not_shared_out(write_run, base_folder):
+    base = {"model": str(base_folder), "quantization": "none", "dtype": "float32", "device_map": {"": "cpu"}}
+    _, err = torchrun(write_run(base=base), exit_code=2)
+    assert err.count("error: base.device_map") == 1
+
+
 def test_a_launcher_that_starts_one_process_for_two_is_told_of(write_run):
     """`accelerate launch --cpu --num_processes 2` runs one, in silence: the run took twice the time expected."""
     launcher = ["accelerate.commands.launch", "--cpu", "--num_processes", "2"]

@@ -19,7 +19,6 @@ from loraplex_trainer.errors import ConfigError
 
 _PROBE_TOKENS = 8
 _SEEN = 1e-4  # of the largest logit: what another neighbour may change, which is nothing but rounding
-_SEEN_IN_8_BITS = 2e-2  # there the columns that are kept in 16 bits are chosen over the whole row
 _SHIFTED = 0.1  # what being packed may change: rounding, also in bfloat16
 
 
@@ -100,8 +99,7 @@ def prepare_packing(model: Any) -> None:
     with torch.no_grad():
         seen, shifted = _differences(model)
     model.train(was_training)
-    limit = _SEEN_IN_8_BITS if getattr(model, "is_loaded_in_8bit", False) else _SEEN
-    if seen > limit or shifted > _SHIFTED:
+    if seen > _SEEN or shifted > _SHIFTED:
         raise ConfigError(
             f"data.packing: true: a model of the type {model.config.model_type!r} lets packed examples see each other "
             f"(logits change by {max(seen, shifted):.1%}); leave it out"

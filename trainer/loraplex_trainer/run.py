@@ -65,6 +65,10 @@ def train(config: RunConfig, *, resume: bool, console: Console) -> Path:
     """
     material = Material.read(config, console)
     team = join_team(config.base.device)
+    if team.size > 1 and config.base.device_map is not None:
+        raise ConfigError(
+            "base.device_map: each process of torchrun holds the whole base on its own device: leave it out"
+        )
     if not team.is_first:
         team.wait()
         _train_adapter(material, load_progress(checkpoint_folder(config)) if resume else None, team, None, None)

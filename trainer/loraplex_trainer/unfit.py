@@ -75,6 +75,8 @@ def _of_prompt(config: RunConfig) -> Iterator[str]:
         yield f"prompt.encoder: an option of method 'p_tuning'; method is {method!r}"
     if prompt.hidden_size is not None and not (method == "p_tuning" or prompt.projection):
         yield "prompt.hidden_size: an option of method 'p_tuning', and of 'prefix' with prompt.projection"
+    if config.data.packing:
+        yield f"data.packing: not with method {method!r}, which puts its vectors before a row, not before each example"
     if method == "prefix" and config.training.gradient_checkpointing:
         yield "training.gradient_checkpointing: not with method 'prefix', whose keys and values it would leave out"
 
