@@ -21,7 +21,7 @@ from loraplex_trainer.attention import Causal, Rotation, first_seen
 from loraplex_trainer.config import LoraSection, load_config
 from loraplex_trainer.data import make_batch
 from loraplex_trainer.encoding import Example
-from loraplex_trainer.fast import Packed, _Gate, _Norm, use_kernels
+from loraplex_trainer.fast import Packed, _Gate, _Linear, _Norm, use_kernels
 from loraplex_trainer.head import head_in_pieces, loss_in_pieces, use_pieces
 from loraplex_trainer.loop import loss_sum
 from loraplex_trainer.packing import joined
@@ -47,7 +47,7 @@ def quantized_linear(inputs, outputs, seed=0) -> Linear4bit:
     return layer.to("cpu")
 
 
-@pytest.mark.parametrize(("inputs", "outputs"), [(64, 32), (128, 96), (192, 64), (2048, 256)])
+@pytest.mark.parametrize(("inputs", "outputs"), [(64, 32), (128, 96), (192, 64), (2048, 256), (64, 5632)])
 @pytest.mark.parametrize("rows", [1, 16, 17, 33, 300])
 def test_what_a_frozen_layer_hands_back_is_the_product_with_its_weight(inputs, outputs, rows):
     layer = quantized_linear(inputs, outputs)
@@ -58,6 +58,26 @@ def test_what_a_frozen_layer_hands_back_is_the_product_with_its_weight(inputs, o
     expected = dy.float() @ weight
     torch.testing.assert_close(dx.float(), expected, rtol=0, atol=2**-8 * float(expected.abs().max()))
     assert torch.equal(packed.grad(dy[:1]), dx[:1]), "the same bits in any company"
+
+
+@pytest.mark.parametrize("rank", [1, 16, 40])
+def test_adapters_of_spans_are_added_to_a_frozen_layer_both_ways(rank):
+    layer = quantized_linear(128, 96)
+    weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state).bfloat16().float()
+    random = torch.Generator().manual_seed(rank)
+    x, dy = torch.randn(50, 128, generator=random).bfloat16(), torch.randn(50, 96, generator=random).bfloat16()
+    spans = [(0, 5, 0.5), (5, 5, 9.0), (5, 37, 2.0)]  # the second is empty, and the last 13 tokens have none
+    mine = [torch.randn(*shape, generator=random).requires_grad_() for shape in ((rank, 128), (96, rank)) * 3]
+    wide = [part.detach().bfloat16().float().requires_grad_() for part in mine]
+    given, exact = x.clone().requires_grad_(), x.float().requires_grad_()
+    out = _Linear.apply(given, Packed(layer), spans, *mine)
+    out.backward(dy)
+    adds = [s * exact[i:j] @ a.T @ b.T for (i, j, s), a, b in zip(spans, wide[::2], wide[1::2], strict=True)]
+    expected = exact @ weight.T + torch.cat([*adds, torch.zeros(13, 96)])
+    expected.backward(dy.float())
+    assert alike(out, expected)
+    for found, other in zip([given, *mine], [exact, *wide], strict=True):
+        assert torch.allclose(found.grad.float(), other.grad, rtol=0, atol=2**-6 * other.grad.abs().max().item())
 
 
 def gradients(base_folder, fast, lora, ids) -> tuple[float, dict[str, torch.Tensor]]:

@@ -5,8 +5,9 @@ reference that this is tested against. Knows layers, not data or steps.
 """
 
 import ctypes
+from collections.abc import Sequence
 from contextlib import suppress
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from loraplex_trainer.head import use_pieces
 from loraplex_trainer.mixed import PartsOf, active_parts, add_parts
 
 NO_ADAPTERS = (0,) * 7
+Spans = Sequence[tuple[int, int, float]]  # first token, the one behind the last, scaling
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of mallopt(3)
 
 
@@ -37,33 +39,60 @@ class Packed:
         self.bias = None if layer.bias is None else layer.bias.to(torch.bfloat16)
         weight.data, weight.quant_state = self.codes, None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x W^T, plus the bias: (tokens, inputs) → (tokens, outputs), both bfloat16."""
+    def forward(self, x: torch.Tensor, spans: Spans = (), weights: Sequence[torch.Tensor] = ()) -> torch.Tensor:
+        """x W^T, plus the bias, plus B A x of the spans: (tokens, inputs) → (tokens, outputs), all bfloat16.
+
+        `weights` are A and B of the first span, of the second, …
+        """
         out = x.new_empty(len(x), self.outputs)
         constant = addresses(self.codes, self.scales, self.bias, self.book)
-        _library().nf4_linear(*addresses(out, x), *constant, len(x), self.inputs, self.outputs, *NO_ADAPTERS)
+        sizes = len(x), self.inputs, self.outputs
+        if not spans:
+            _library().nf4_linear(*addresses(out, x), *constant, *sizes, *NO_ADAPTERS)
+            return out
+        ranks = [len(a) for a in weights[::2]]
+        runs = runs_of(tuple((start, stop) for start, stop, _ in spans))
+        tables = [
+            runs,
+            *(torch.tensor([part.data_ptr() for part in parts]) for parts in (weights[::2], weights[1::2])),
+            torch.tensor(ranks, dtype=torch.int32),
+            torch.tensor([scaling for *_, scaling in spans]),
+        ]
+        where, *adapters = addresses(*tables)
+        _library().nf4_linear(*addresses(out, x), *constant, *sizes, where, len(runs), *adapters, max(ranks))
         return out
 
-    def grad(self, dy: torch.Tensor) -> torch.Tensor:
-        """dy W: (tokens, outputs) → (tokens, inputs), both bfloat16."""
+    def grad(self, dy: torch.Tensor, dh: torch.Tensor | None = None, a: torch.Tensor | None = None) -> torch.Tensor:
+        """dy W, plus dh A: (tokens, outputs), and (tokens, ranks) and (ranks, inputs) → (tokens, inputs), all bfloat16.
+
+        `ranks` is a multiple of 32.
+        """
         out = dy.new_empty(len(dy), self.inputs)
-        where = addresses(out, dy, self.codes, self.scales, self.book)
-        _library().nf4_grad(*where, len(dy), self.inputs, self.outputs)
+        where = addresses(out, dy, self.codes, self.scales, self.book, dh, a)
+        _library().nf4_grad(*where, len(dy), self.inputs, self.outputs, 0 if a is None else len(a))
         return out
+
+
+@lru_cache(maxsize=64)
+def runs_of(spans: tuple[tuple[int, int], ...]) -> torch.Tensor:
+    """What kernels/lora.c calls runs, (runs, 3) int32: first token, tokens, span; none goes over a border of 16."""
+    cut = [
+        (first, min(stop, first - first % 16 + 16) - first, number)
+        for number, (start, stop) in enumerate(spans)
+        for first in (start, *range(start - start % 16 + 16, stop, 16))
+        if stop > start
+    ]
+    return torch.tensor(cut, dtype=torch.int32)
 
 
 class _Linear(torch.autograd.Function):
     """The frozen layer, and B A x of one adapter for each span of tokens. A and B, in float32, are used in bfloat16."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, layer: Packed, spans: list[tuple[int, int, float]], *weights: torch.Tensor
-    ) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, layer: Packed, spans: Spans, *weights: torch.Tensor) -> torch.Tensor:
         flat = x.to(torch.bfloat16).reshape(-1, layer.inputs).contiguous()
-        low = [weight.to(torch.bfloat16) for weight in weights]  # A, B of the first span, of the second, …
-        out = layer.forward(flat)
-        for (start, stop, scaling), a, b in zip(spans, low[::2], low[1::2], strict=True):
-            out[start:stop].addmm_(flat[start:stop] @ a.T, b.T, alpha=scaling)
+        low = [weight.to(torch.bfloat16).contiguous() for weight in weights]
+        out = layer.forward(flat, spans, low)
         ctx.layer, ctx.spans, ctx.shape, ctx.dtype = layer, spans, x.shape, x.dtype
         ctx.save_for_backward(flat, *low)
         return out.view(*x.shape[:-1], layer.outputs).to(x.dtype)
@@ -72,14 +101,18 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         layer, (flat, *low) = ctx.layer, ctx.saved_tensors
         dy = grads[0].to(torch.bfloat16).reshape(-1, layer.outputs).contiguous()
-        dx = layer.grad(dy) if ctx.needs_input_grad[0] else None
+        room = sum(-(-len(a) // 32) * 32 for a in low[::2])
+        all_dh, all_a = dy.new_zeros(len(dy), room), dy.new_zeros(room, layer.inputs)
         of_weights: list[torch.Tensor] = []
+        place = 0
         for (start, stop, scaling), a, b in zip(ctx.spans, low[::2], low[1::2], strict=True):
             x, mine = flat[start:stop], dy[start:stop]
             dh = (mine @ b) * scaling  # (tokens, rank)
-            of_weights += [(dh.T @ x).float(), (mine.T @ (x @ a.T)).float() * scaling]
-            if dx is not None:
-                dx[start:stop].addmm_(dh, a)
+            of_weights += [(dh.T @ x).float(), ((x @ a.T).T @ mine).T.float() * scaling]
+            all_dh[start:stop, place : place + len(a)] = dh
+            all_a[place : place + len(a)] = a
+            place += -(-len(a) // 32) * 32
+        dx = layer.grad(dy, all_dh, all_a) if ctx.needs_input_grad[0] else None
         return dx if dx is None else dx.view(ctx.shape).to(ctx.dtype), None, None, *of_weights
 
 

@@ -39,7 +39,7 @@ _P, _L, _F = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
 _LORA = [_P, _L, _P, _P, _P, _P, _L]
 _ARGUMENTS = {
     "nf4_linear": [_P] * 6 + [_L] * 3 + _LORA,
-    "nf4_grad": [_P] * 5 + [_L] * 3,
+    "nf4_grad": [_P] * 7 + [_L] * 4,
     "lora_add": [_P] * 2 + [_L] * 3 + _LORA,
     "attend": [_P] * 7 + [_L] * 5 + [_F],
     "rms_norm": [_P] * 3 + [_L] * 2 + [_F],

@@ -1,11 +1,12 @@
 // dx = dy W for a weight in 4-bit NormalFloat, as nf4.c knows it: what a frozen layer hands back when adapters are trained.
 //
 // Tokens are the rows of the products, so that dy lies as it is needed and the sums as they are wanted. Weights are unpacked
-// in pairs of outputs, over which the products run: all outputs of 64 inputs at a time, which all tokens then share.
+// in pairs of outputs, over which the products run: many outputs of 64 inputs at a time, which many tokens then share.
 
 #include "nf4.c"
 
 enum { PAIRS = TILE * DEPTH, GROUPS = BLOCK / TILE, STEP = GROUPS * PAIRS };  // values: of a tile of pairs; of 32 outputs
+enum { PAIRS_AT_ONCE = 72 };                                                   // 2,304 outputs, of which 64 inputs are 288 KiB
 
 static inline __attribute__((always_inline)) __m512i values_of(__m512i index, __m512i table, int high) {
     return _mm512_permutexvar_epi16(high ? _mm512_srli_epi16(index, 4) : index, table);
@@ -34,16 +35,33 @@ static inline void unpack_pairs(uint16_t *panel, const Weight *weight, long tile
     }
 }
 
-// `rows` rows of dy in tiles, by all threads of a team together: for each 16 rows, for each 32 outputs, (16, 32); rows that
-// are missing are 0.
-static void tile_rows(uint16_t *tiled, const uint16_t *dy, long rows, long outputs) {
+// What is multiplied with the weight's outputs, and behind them with the adapters' ranks.
+typedef struct { const uint16_t *dy, *dh; long outputs, ranks; } Given;
+
+// Of `rows` rows from `first` on the outputs, and ranks, of the pairs from `begin` to `end` in tiles, by all threads of a team
+// together: for each 16 rows, for each 32 outputs, (16, 32); rows that are missing are 0.
+static void tile_rows(uint16_t *tiled, const Given *given, long first, long rows, long begin, long end) {
 #pragma omp for schedule(static) collapse(2)
-    for (long first = 0; first < rows; first += TILE)
-        for (long depth = 0; depth < outputs; depth += DEPTH)
-            for (long row = 0; row < TILE; row++) {
-                __m512i values = first + row < rows ? _mm512_loadu_si512(dy + (first + row) * outputs + depth) : _mm512_setzero_si512();
-                _mm512_store_si512(tiled + first * outputs + depth * TILE + row * DEPTH, values);
-            }
+    for (long tile = 0; tile < rows; tile += TILE)
+        for (long pair = begin; pair < end; pair++) {
+            int own = pair * DEPTH < given->outputs;
+            long stride = own ? given->outputs : given->ranks;
+            const uint16_t *from = (own ? given->dy : given->dh - given->outputs) + (first + tile) * stride + pair * DEPTH;
+            uint16_t *to = tiled + (tile / TILE * (end - begin) + pair - begin) * PAIRS;
+            for (long row = 0; row < TILE; row++)
+                _mm512_store_si512(to + row * DEPTH, tile + row < rows ? _mm512_loadu_si512(from + row * stride) : _mm512_setzero_si512());
+        }
+}
+
+// 32 rows of a matrix (…, inputs), 64 inputs of them, as unpack_pairs leaves them.
+static inline void pair_up(uint16_t *panel, const uint16_t *matrix, long inputs) {
+    for (int group = 0; group < GROUPS; group++)
+        for (int i = 0; i < TILE; i++, panel += DEPTH) {
+            const uint16_t *at = matrix + 2 * i * inputs + group * TILE;
+            __m512i even = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)at));
+            __m512i odd = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(at + inputs)));
+            _mm512_store_si512(panel, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
+        }
 }
 
 // Sums of 16 or 32 rows for 32 inputs, to their place. sums: (rows, 16) of each 16 inputs, for the first 16 rows and the others.
@@ -55,48 +73,68 @@ static inline void put(uint16_t *dx, float sums[4][TILE * TILE], long rows, long
     }
 }
 
-// dx (rows, inputs) bfloat16 = dy (rows, outputs) bfloat16 times the packed weight. inputs: a multiple of 64; outputs: of 32.
-void nf4_grad(uint16_t *dx, const uint16_t *dy, const uint8_t *codes, const float *scales, const float *book, long rows, long inputs,
-              long outputs) {
-    static _Thread_local Scratch tiled_scratch;
+// dx (rows, inputs) bfloat16 = dy (rows, outputs) bfloat16 times the packed weight, plus dh (rows, ranks) times a (ranks,
+// inputs), what adapters hand back. inputs: a multiple of 64; outputs and ranks: of 32, ranks may be 0.
+//
+// Some rows and some outputs at a time, so that both sides of a product stay in the second cache; the sums in between are
+// kept as float32.
+void nf4_grad(uint16_t *dx, const uint16_t *dy, const uint8_t *codes, const float *scales, const float *book, const uint16_t *dh,
+              const uint16_t *a, long rows, long inputs, long outputs, long ranks) {
+    static _Thread_local Scratch tiled_scratch, between_scratch;
     Weight weight = {codes, scales, book, inputs / BLOCK};
-    long most = X_BYTES / (outputs * 2) / (2 * TILE) * (2 * TILE);  // rows at a time: they stay in the second cache
-    most = most < 2 * TILE ? 2 * TILE : most > rows ? (rows + 2 * TILE - 1) / (2 * TILE) * (2 * TILE) : most;
-    uint16_t *tiled = scratch(&tiled_scratch, most * outputs * 2);
+    Given given = {dy, dh, outputs, ranks};
+    long pairs = (outputs + ranks) / DEPTH, parts = (pairs + PAIRS_AT_ONCE - 1) / PAIRS_AT_ONCE, each = (pairs + parts - 1) / parts;
+    long most = X_BYTES / (each * DEPTH * 2) / (2 * TILE) * (2 * TILE);
+    most = most > rows ? (rows + 2 * TILE - 1) / (2 * TILE) * (2 * TILE) : most;
+    uint16_t *tiled = scratch(&tiled_scratch, most * each * DEPTH * 2);
+    float *between = scratch(&between_scratch, parts > 1 ? most * inputs * 4 : 0);
 #pragma omp parallel
     {
         static _Thread_local Scratch panel_scratch;
-        _Alignas(64) float sums[4][TILE * TILE];
-        uint16_t *panel = scratch(&panel_scratch, outputs / DEPTH * STEP * 2);
+        _Alignas(64) float last[4][TILE * TILE];
+        uint16_t *panel = scratch(&panel_scratch, each * STEP * 2);
         __m512 values = _mm512_loadu_ps(book);
         for (long first = 0; first < rows; first += most) {
             long now = rows - first < most ? rows - first : most;
-            tile_rows(tiled, dy + first * outputs, now, outputs);
-            shape_tiles(TILE, TILE);
+            for (long begin = 0; begin < pairs; begin += each) {
+                long end = begin + each < pairs ? begin + each : pairs, count = end - begin;
+                tile_rows(tiled, &given, first, now, begin, end);
+                shape_tiles(TILE, TILE);
 #pragma omp for schedule(static)
-            for (long block = 0; block < weight.blocks; block++) {
-                for (long pair = 0; pair < outputs / DEPTH; pair++) unpack_pairs(panel + pair * STEP, &weight, 2 * pair, block, values);
-                for (long row = 0; row < now; row += 2 * TILE) {
-                    const uint16_t *upper = tiled + row * outputs, *lower = now - row > TILE ? upper + TILE * outputs : upper;
-                    for (int group = 0; group < GROUPS; group += 2) {
-                        zero_sums();
-                        for (long pair = 0; pair < outputs / DEPTH; pair++) {
-                            _tile_loadd(4, upper + pair * PAIRS, 64);
-                            _tile_loadd(5, lower + pair * PAIRS, 64);
-                            _tile_loadd(6, panel + pair * STEP + group * PAIRS, 64);
-                            _tile_loadd(7, panel + pair * STEP + (group + 1) * PAIRS, 64);
-                            _tile_dpbf16ps(0, 4, 6);
-                            _tile_dpbf16ps(1, 4, 7);
-                            _tile_dpbf16ps(2, 5, 6);
-                            _tile_dpbf16ps(3, 5, 7);
-                        }
-                        _tile_stored(0, sums[0], 64);
-                        _tile_stored(1, sums[1], 64);
-                        _tile_stored(2, sums[2], 64);
-                        _tile_stored(3, sums[3], 64);
-                        long here = now - row < 2 * TILE ? now - row : 2 * TILE;
-                        put(dx + (first + row) * inputs + block * BLOCK + group * TILE, sums, here, inputs);
+                for (long block = 0; block < weight.blocks; block++) {
+                    for (long pair = begin; pair < end; pair++) {
+                        uint16_t *to = panel + (pair - begin) * STEP;
+                        if (pair * DEPTH < outputs) unpack_pairs(to, &weight, 2 * pair, block, values);
+                        else pair_up(to, a + (pair * DEPTH - outputs) * inputs + block * BLOCK, inputs);
                     }
+                    for (long row = 0; row < now; row += 2 * TILE)
+                        for (int group = 0; group < GROUPS; group += 2) {
+                            const uint16_t *upper = tiled + row / TILE * count * PAIRS, *lower = now - row > TILE ? upper + count * PAIRS : upper;
+                            float *sums = between + row * inputs + (block * BLOCK + group * TILE) * 2 * TILE;  // (4 tiles, 16, 16)
+                            if (begin) {
+                                _tile_loadd(0, sums, 64);
+                                _tile_loadd(1, sums + TILE * TILE, 64);
+                                _tile_loadd(2, sums + 2 * TILE * TILE, 64);
+                                _tile_loadd(3, sums + 3 * TILE * TILE, 64);
+                            } else zero_sums();
+                            for (long pair = 0; pair < count; pair++) {
+                                _tile_loadd(4, upper + pair * PAIRS, 64);
+                                _tile_loadd(5, lower + pair * PAIRS, 64);
+                                _tile_loadd(6, panel + pair * STEP + group * PAIRS, 64);
+                                _tile_loadd(7, panel + pair * STEP + (group + 1) * PAIRS, 64);
+                                _tile_dpbf16ps(0, 4, 6);
+                                _tile_dpbf16ps(1, 4, 7);
+                                _tile_dpbf16ps(2, 5, 6);
+                                _tile_dpbf16ps(3, 5, 7);
+                            }
+                            if (end == pairs) sums = last[0];
+                            _tile_stored(0, sums, 64);
+                            _tile_stored(1, sums + TILE * TILE, 64);
+                            _tile_stored(2, sums + 2 * TILE * TILE, 64);
+                            _tile_stored(3, sums + 3 * TILE * TILE, 64);
+                            long here = now - row < 2 * TILE ? now - row : 2 * TILE;
+                            if (end == pairs) put(dx + (first + row) * inputs + block * BLOCK + group * TILE, last, here, inputs);
+                        }
                 }
             }
         }
