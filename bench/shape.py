@@ -6,6 +6,7 @@ Speed does not depend on what weights say. Knows nothing of what is measured.
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from platformdirs import user_cache_path
@@ -16,29 +17,31 @@ TOKENIZER = Path(__file__).parents[1] / "demo/base"
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def make_base() -> Path:
-    """The folder of the base: 1.1 B parameters, 22 layers, bfloat16; 2.2 GB on disk."""
-    folder = user_cache_path("loraplex") / "bench" / "llama-1.1b-random"
+def make_base(name: str = "llama-1.1b", **other: Any) -> Path:
+    """The folder of the base: 1.1 B parameters, 22 layers, 2.2 GB on disk. `other`: what its config has else."""
+    folder = user_cache_path("loraplex") / "bench" / f"{name}-random"
     if not (folder / "config.json").exists():
         print(f"making {folder} …", flush=True)
         torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=32000,
-            hidden_size=2048,
-            intermediate_size=5632,
-            num_hidden_layers=22,
-            num_attention_heads=32,
-            num_key_value_heads=4,
-            max_position_embeddings=2048,
-            tie_word_embeddings=False,
-            eos_token_id=2,
-        )
+        shape = {
+            "vocab_size": 32000,
+            "hidden_size": 2048,
+            "intermediate_size": 5632,
+            "num_hidden_layers": 22,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 2048,
+            "tie_word_embeddings": False,
+            "eos_token_id": 2,
+        }
+        config = LlamaConfig(**(shape | other))
         partial = folder.with_suffix(".partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         with torch.device("meta"):
             model = LlamaForCausalLM(config)
         model = model.to(torch.bfloat16).to_empty(device="cpu")
+        model.tie_weights()
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.normal_(std=0.02) if parameter.ndim > 1 else parameter.fill_(1)

@@ -1,6 +1,7 @@
 """Training on a 1.1 B base in NF4, beside peft with transformers' Trainer in the same run, in turns.
 
-Every round runs every system once; ratios are taken round by round. Peak memory is of a process of its own each.
+Every round runs every system once, each in a process of its own; ratios are taken round by round. Peak memory is
+that of the process, loading the base included. On a GPU: what larger shapes give and take.
 Usage: scripts/bench training [--rounds N] [--steps N] [--dry]
 """
 
@@ -11,9 +12,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from itertools import pairwise
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from loraplex_server.engine.upstream import quiet
 
@@ -34,42 +36,74 @@ from transformers import (  # noqa: E402
 from loraplex_server.engine.model import load_base  # noqa: E402
 from loraplex_trainer.adapter import attach_adapter  # noqa: E402
 from loraplex_trainer.config import RunConfig  # noqa: E402
-from loraplex_trainer.encoding import Example  # noqa: E402
+from loraplex_trainer.data import encode_split, read_splits  # noqa: E402
+from loraplex_trainer.encoding import Example, encoder_for  # noqa: E402
 from loraplex_trainer.fast import use_kernels  # noqa: E402
 from loraplex_trainer.loop import Loop  # noqa: E402
+from loraplex_trainer.packing import pack  # noqa: E402
 
 ROWS, TOKENS, RANK = 4, 256, 16
-OURS, REFERENCE, PEER, PEER_AUTOCAST = "ours", "ours, no kernels", "peft and Trainer", "peft and Trainer, bf16 autocast"
-Steps = Callable[[int], list[float]]  # so many steps, after one that does not count: the seconds of each
+QUOTES = Path(__file__).parents[1] / "demo/quotes/train.jsonl"
+OURS, PACKED, UNPACKED = "ours", "ours, quotes packed", "ours, quotes unpacked"
+REFERENCE, PEER, PEER_AUTOCAST = "ours, no kernels", "peft and Trainer", "peft and Trainer, bf16 autocast"
+# Of a GPU alone: hidden, inner, layers, heads, heads of keys, vocabulary, tied.
+SHAPES = {
+    "Llama-3.2-3B": (3072, 8192, 28, 24, 8, 128256, True),
+    "Llama-2-7B": (4096, 11008, 32, 32, 32, 32000, False),
+}
+ANSWER, READY, PEAK = "answer:", "ready", "peak"  # what a system's process says and is asked
+Speed = Callable[[int], float]  # tokens/s of so many steps, after one that does not count
 
 
-def examples(count: int) -> list[Example]:
+@dataclass
+class Ours:
+    """Our loop, over the whole of it but reading data."""
+
+    base: Path
+    kernels: bool = True
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        self.loaded = load_base(str(self.base), device=self.device, dtype="bfloat16")
+        data = {"train": QUOTES, "prompt": "{quote} ->:", "completion": " {tags}", "max_tokens": TOKENS}
+        self.config = RunConfig.model_validate(
+            {"name": "bench", "base": {"model": str(self.base)}, "data": data, "lora": {"rank": RANK}}
+        )
+        self.model = attach_adapter(self.loaded, self.config.lora)
+        if self.kernels and self.device == "cpu":
+            assert use_kernels(self.model), "there are no kernels here"
+
+    def full_rows(self, steps: int) -> float:
+        return self._speed(full_rows(ROWS * (steps + 1)), steps)
+
+    def quotes(self, steps: int, packing: bool) -> float:
+        """As many rows a step, of what the demo trains on."""
+        encoder = encoder_for(self.loaded, self.config.data)
+        examples = encode_split(read_splits(self.config.data)["train"], encoder).examples
+        return self._speed(pack(examples, TOKENS, 0) if packing else examples, steps)
+
+    def _speed(self, examples: Sequence[Example], steps: int) -> float:
+        training = self.config.training.model_copy(update={"batch_size": ROWS, "max_steps": steps + 1})
+        times, done = [], []
+
+        def note(loop: Loop) -> bool:
+            if self.device == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter())
+            done.append(loop.tokens_done)
+            return False
+
+        Loop(self.model, examples, self.config.model_copy(update={"training": training}), 0).run(note)
+        return (done[-1] - done[0]) / (times[-1] - times[0])
+
+
+def full_rows(count: int) -> list[Example]:
     """Random text of one length: all of it is learnt, none of it is padding."""
     random = torch.Generator().manual_seed(0)
     return [
         Example(tuple(torch.randint(5, 32000, (TOKENS,), generator=random).tolist()), ((1, TOKENS),))
         for _ in range(count)
     ]
-
-
-def ours(base: Path, kernels: bool) -> Steps:
-    """Our loop, over the whole of it but reading data."""
-    loaded = load_base(str(base), device="cpu", dtype="bfloat16")
-    config = RunConfig.model_validate(
-        {"name": "bench", "base": {"model": str(base)}, "data": {"train": Path("none")}, "lora": {"rank": RANK}}
-    )
-    model = attach_adapter(loaded, config.lora)
-    if kernels:
-        assert use_kernels(model), "there are no kernels here"
-
-    def run(count: int) -> list[float]:
-        training = config.training.model_copy(update={"batch_size": ROWS, "max_steps": count + 1})
-        times: list[float] = []
-        loop = Loop(model, examples(ROWS * (count + 1)), config.model_copy(update={"training": training}), 0)
-        loop.run(lambda _: times.append(time.perf_counter()))  # pyright: ignore[reportArgumentType]
-        return [after - before for before, after in pairwise(times)]
-
-    return run
 
 
 class _Clock(TrainerCallback):
@@ -80,7 +114,7 @@ class _Clock(TrainerCallback):
         self.times.append(time.perf_counter())
 
 
-def peer(base: Path, autocast: bool) -> Steps:
+def peer(base: Path, autocast: bool) -> Speed:
     """What a user would write: a 4-bit base, get_peft_model, Trainer."""
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -93,14 +127,14 @@ def peer(base: Path, autocast: bool) -> Steps:
     adapter = LoraConfig(r=RANK, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(plain, adapter)
 
-    def run(count: int) -> list[float]:
-        rows = [{"input_ids": list(one.ids), "labels": list(one.ids)} for one in examples(ROWS * (count + 1))]
+    def run(steps: int) -> float:
+        rows = [{"input_ids": list(one.ids), "labels": list(one.ids)} for one in full_rows(ROWS * (steps + 1))]
         clock = _Clock()
         with tempfile.TemporaryDirectory() as folder:
             settings = TrainingArguments(
                 folder,
                 per_device_train_batch_size=ROWS,
-                max_steps=count + 1,
+                max_steps=steps + 1,
                 learning_rate=1e-3,
                 bf16=autocast,
                 use_cpu=True,
@@ -110,62 +144,123 @@ def peer(base: Path, autocast: bool) -> Steps:
                 logging_strategy="no",
             )
             Trainer(model=model, args=settings, train_dataset=rows, callbacks=[clock]).train()  # pyright: ignore
-        return [after - before for before, after in pairwise(clock.times)]
+        return ROWS * TOKENS * steps / (clock.times[-1] - clock.times[0])
 
     return run
 
 
-SYSTEMS: dict[str, Callable[[Path], Steps]] = {
-    OURS: lambda base: ours(base, kernels=True),
-    REFERENCE: lambda base: ours(base, kernels=False),
-    PEER: lambda base: peer(base, autocast=False),
-    PEER_AUTOCAST: lambda base: peer(base, autocast=True),
+LOADED: dict[str, Callable[[Path], dict[str, Speed]]] = {
+    OURS: lambda base: ours(Ours(base)),
+    PEER: lambda base: {PEER: peer(base, autocast=False)},
+    PEER_AUTOCAST: lambda base: {PEER_AUTOCAST: peer(base, autocast=True)},
+    REFERENCE: lambda base: {REFERENCE: Ours(base, kernels=False).full_rows},
 }
 
 
-def peak_bytes(system: str) -> int:
-    """The most memory that a process of its own had, which trained two steps."""
-    command = [sys.executable, __file__, "--peak", system]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+def ours(mine: Ours) -> dict[str, Speed]:
+    return {
+        OURS: mine.full_rows,
+        PACKED: lambda steps: mine.quotes(steps, packing=True),
+        UNPACKED: lambda steps: mine.quotes(4 * steps, packing=False),
+    }
+
+
+class Worker:
+    """A process of its own for one system, which waits while others are measured."""
+
+    def __init__(self, system: str) -> None:
+        command = [sys.executable, __file__, "--work", system]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert self._answer() == READY
+
+    def ask(self, what: str) -> float:
+        assert self.process.stdin
+        print(what, file=self.process.stdin, flush=True)
+        return float(self._answer())
+
+    def end(self) -> float:
+        """The most memory that it ever had, in MiB."""
+        return self.ask(PEAK)
+
+    def _answer(self) -> str:
+        assert self.process.stdout
+        for line in self.process.stdout:
+            if line.startswith(ANSWER):
+                return line.removeprefix(ANSWER).strip()
+        raise RuntimeError("a system ended before it was measured")
+
+
+def work(system: str, base: Path) -> None:
+    """The other side of Worker: asked for a run and its steps, it answers with tokens/s."""
+    runs = LOADED[system](base)
+    print(ANSWER, READY, flush=True)
+    for line in sys.stdin:
+        if line.strip() == PEAK:
+            print(ANSWER, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, flush=True)
+            return
+        name, steps = line.rsplit(maxsplit=1)
+        print(ANSWER, runs[name](int(steps)), flush=True)
+
+
+def on_gpu() -> list[str]:
+    """Tokens/s and peak GiB of larger shapes, by our loop."""
+    lines = ["", "| on the GPU | tokens/s | peak GiB |", "|---|---|---|"]
+    for name, (hidden, inner, layers, heads, kv_heads, vocabulary, tied) in SHAPES.items():
+        shape: dict[str, Any] = {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers}
+        shape |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads}
+        base = make_base(name.lower(), vocab_size=vocabulary, tie_word_embeddings=tied, **shape)
+        torch.cuda.reset_peak_memory_stats()
+        speed = Ours(base, device="cuda").full_rows(10)
+        lines.append(f"| {name} | {speed:.0f} | {torch.cuda.max_memory_allocated() / 2**30:.1f} |")
+    return lines
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--dry", action="store_true")
-    parser.add_argument("--peak", choices=list(SYSTEMS))
+    parser.add_argument("--reference", action="store_true", help="our loop without kernels, too: 6 GB more")
+    parser.add_argument("--work", choices=list(LOADED), help=argparse.SUPPRESS)
     options = parser.parse_args()
     base = make_base()
-    if options.peak:
-        SYSTEMS[options.peak](base)(1)
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    if options.work:
+        work(options.work, base)
         return
-    systems = {name: make(base) for name, make in SYSTEMS.items()}
-    speed: dict[str, list[float]] = {name: [] for name in systems}
+    workers = {name: Worker(name) for name in LOADED if name != REFERENCE or options.reference}
+    print("all have loaded the base", flush=True)
+    runs = {name: workers.get(name, workers[OURS]) for name in (*workers, PACKED, UNPACKED)}
+    speed: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(options.rounds):
-        for name, run in systems.items():
-            speed[name].append(ROWS * TOKENS / statistics.median(run(options.steps)))
+        for name, worker in runs.items():
+            speed[name].append(worker.ask(f"{name} {options.steps}"))
             print(f"round {number + 1} of {options.rounds}: {name} {speed[name][-1]:.0f} tokens/s", flush=True)
-    del systems
-    peaks = {name: peak_bytes(name) / 2**20 for name in (OURS, PEER, PEER_AUTOCAST)}
-    best_peer = [max(pair) for pair in zip(speed[PEER], speed[PEER_AUTOCAST], strict=True)]
-    faster = statistics.median(a / b for a, b in zip(speed[OURS], best_peer, strict=True))
+    peaks = {name: worker.end() for name, worker in workers.items()}
+    faster_peer = [max(pair) for pair in zip(speed[PEER], speed[PEER_AUTOCAST], strict=True)]
+    faster = statistics.median(a / b for a, b in zip(speed[OURS], faster_peer, strict=True))
+    packing = statistics.median(a / b for a, b in zip(speed[PACKED], speed[UNPACKED], strict=True))
     memory = peaks[OURS] / min(peaks[PEER], peaks[PEER_AUTOCAST])
     bars = [
         {"what": "tokens/s, to the faster peer", "found": faster, "asked": "≥ 1.2 ×", "met": faster >= 1.2},
+        {"what": "packed to unpacked quotes", "found": packing, "asked": "≥ 2 ×", "met": packing >= 2},
         {"what": "peak memory, to the smaller peer", "found": memory, "asked": "≤ 1 ×", "met": memory <= 1},
     ]
     lines = [
-        f"{ROWS} rows of {TOKENS} tokens a step, rank {RANK} on all linear layers, NF4, every token learnt; medians.",
+        f"{ROWS} rows of {TOKENS} tokens a step, rank {RANK} on all linear layers, NF4, every token learnt; quotes: "
+        f"{ROWS} rows of one example each, or of as many as {TOKENS} tokens hold. Medians of {options.rounds} rounds "
+        f"of {options.steps} steps; tokens are real ones.",
         "",
         "| | tokens/s | peak MiB |",
         "|---|---|---|",
-        *(f"| {name} | {statistics.median(speed[name]):.0f} | {peaks.get(name, float('nan')):.0f} |" for name in speed),
+        *(
+            f"| {name} | {statistics.median(speed[name]):.0f} | {f'{peaks[name]:.0f}' if name in peaks else ''} |"
+            for name in speed
+        ),
         "",
         "| | found | asked | |",
         "|---|---|---|---|",
         *(f"| {b['what']} | {b['found']:.2f} | {b['asked']} | {'met' if b['met'] else '**not met**'} |" for b in bars),
+        *(on_gpu() if torch.cuda.is_available() else []),
     ]
     print("\n".join(lines))
     if not options.dry:
