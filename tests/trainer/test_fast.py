@@ -373,7 +373,9 @@ def test_a_rotation_hands_back_what_transformers_does():
     assert alike(mine.grad, wide.grad)
 
 
-def test_packed_rows_by_kernels_teach_what_rows_of_their_own_do(base_folder):
+def test_packed_rows_by_kernels_teach_what_rows_of_their_own_do(base_folder, monkeypatch):
+    masks = []
+    monkeypatch.setattr("loraplex_trainer.attention.first_seen", lambda *a: masks.append(a) or first_seen(*a))
     random = torch.Generator().manual_seed(0)
     rows = [
         Example(tuple(torch.randint(2, 300, (size,), generator=random).tolist()), ((3, size),)) for size in (40, 11, 9)
@@ -389,6 +391,7 @@ def test_packed_rows_by_kernels_teach_what_rows_of_their_own_do(base_folder):
             loss.backward()
             losses[fast, packing] = loss.item()
             grads[fast, packing] = torch.cat([p.grad.flatten() for p in trainable_parameters(model).values()])
+    assert len(masks) == 1, "read once for all layers, and only where rows are packed"
     for way, found in grads.items():
         assert losses[way] == pytest.approx(losses[False, False], rel=0.003)
         assert torch.nn.functional.cosine_similarity(found, grads[False, False], dim=0) > 0.995, way

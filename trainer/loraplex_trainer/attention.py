@@ -16,6 +16,7 @@ from loraplex_trainer.ragged import BlockMasks
 KINDS = ("LlamaAttention", "MistralAttention", "Qwen2Attention")
 _CLOSE = 2**-6  # of the largest value: of two ways to round in bfloat16
 _PROBE_TOKENS = 40
+_known = WeakIdKeyDictionary()  # what first_seen said of a mask: all layers of a step are given the same
 
 
 class Causal(torch.autograd.Function):
@@ -71,7 +72,7 @@ def use_attention_kernel(module: Any) -> None:
         return
     if module.config._attn_implementation != "sdpa":
         return
-    plain, seen = module.forward, WeakIdKeyDictionary()
+    plain = module.forward
 
     def forward(
         hidden_states: torch.Tensor,
@@ -81,11 +82,8 @@ def use_attention_kernel(module: Any) -> None:
         **more: Any,
     ) -> tuple[torch.Tensor, None]:
         blocks, masks = attention_mask if isinstance(attention_mask, BlockMasks) else (None, [attention_mask])
-        for mask in masks:
-            if mask is not None and mask not in seen:
-                seen[mask] = first_seen(mask, len(mask) if blocks else len(hidden_states))
-        starts = [None if mask is None else seen[mask] for mask in masks]
-        unknown = any(mask is not None and seen[mask] is None for mask in masks)
+        starts = [_starts(mask, len(hidden_states) if blocks is None else None) for mask in masks]
+        unknown = any(mask is not None and start is None for mask, start in zip(masks, starts, strict=True))
         if past_key_values is not None or unknown or hidden_states.dtype != torch.bfloat16:
             return plain(hidden_states, position_embeddings, attention_mask, past_key_values, **more)
         shape = (*hidden_states.shape[:-1], -1, module.head_dim)
@@ -116,6 +114,15 @@ def first_seen(mask: torch.Tensor, rows: int) -> torch.Tensor | None:
     starts = token + 1 - sees.sum(2)
     as_said = (token[None, None] >= starts[:, :, None]) & (token[None, None] <= token[None, :, None])
     return starts.int().contiguous() if torch.equal(as_said, sees) and bool((starts <= token).all()) else None
+
+
+def _starts(mask: Any, rows: int | None) -> torch.Tensor | None:
+    """Of as many rows, or of as many as the mask has; None where there is no mask."""
+    if mask is None:
+        return None
+    if mask not in _known:
+        _known[mask] = first_seen(mask, rows or len(mask))
+    return _known[mask]
 
 
 def _alike(plain: Any, forward: Any, module: Any) -> bool:
