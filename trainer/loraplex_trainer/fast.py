@@ -85,6 +85,19 @@ def runs_of(spans: tuple[tuple[int, int], ...]) -> torch.Tensor:
     return torch.tensor(cut, dtype=torch.int32)
 
 
+def one_each(spans: Spans, weights: Sequence[torch.Tensor]) -> tuple[Spans, Sequence[torch.Tensor]]:
+    """Adapters of the same tokens as one of all their ranks: a kernel knows one for each token."""
+    whole = {span[:2]: span for span in reversed(spans)}
+    if len(whole) == len(spans):
+        return spans, weights
+    joined: list[torch.Tensor] = []
+    for tokens, (*_, scaling) in whole.items():
+        mine = [at for at, span in enumerate(spans) if span[:2] == tokens]
+        joined.append(torch.cat([weights[2 * at] for at in mine]))
+        joined.append(torch.cat([weights[2 * at + 1] * (spans[at][2] / scaling) for at in mine], 1).contiguous())
+    return list(whole.values()), joined
+
+
 class _Linear(torch.autograd.Function):
     """The frozen layer, and B A x of one adapter for each span of tokens. A and B, in float32, are used in bfloat16."""
 
@@ -92,7 +105,7 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, layer: Packed, spans: Spans, *weights: torch.Tensor) -> torch.Tensor:
         flat = x.to(torch.bfloat16).reshape(-1, layer.inputs).contiguous()
         low = [weight.to(torch.bfloat16).contiguous() for weight in weights]
-        out = layer.forward(flat, spans, low)
+        out = layer.forward(flat, *one_each(spans, low))
         ctx.layer, ctx.spans, ctx.shape, ctx.dtype = layer, spans, x.shape, x.dtype
         ctx.save_for_backward(flat, *low)
         return out.view(*x.shape[:-1], layer.outputs).to(x.dtype)
