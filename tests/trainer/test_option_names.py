@@ -136,6 +136,18 @@ def test_the_settings_of_the_seven_billion_run_under_their_old_names(load):
             "lstm",
         ),
         ({"peft_config": {"peft_type": "PREFIX_TUNING", "prefix_projection": True}}, "method", "prefix"),
+        ({"fsdp": "full_shard auto_wrap"}, "training.distributed.strategy", "fsdp"),
+        ({"fsdp": ["full_shard", "auto_wrap", "offload"]}, "training.distributed.offload", "cpu"),
+        ({"fsdp": True, "fsdp_config": {"reshard_after_forward": True}}, "training.distributed.offload", "none"),
+        ({"fsdp": "", "fsdp_config": {"cpu_offload": True}}, "training.distributed.strategy", "ddp"),
+        (
+            {
+                "fsdp_version": 2,
+                "fsdp_config": {"fsdp_offload_params": True, "use_orig_params": True},
+            },
+            "training.distributed.offload",
+            "cpu",
+        ),
         ({"lora_dropout": None}, "lora.dropout", 0.0),  # Axolotl's files are full of empty keys
     ],
 )
@@ -180,8 +192,6 @@ def test_as_key_value_they_win_over_the_file_under_either_name(write_run, train)
         (["hub_model_id=me/it"], ["hub_model_id", "registry hub push"]),
         (["resume_from_checkpoint=out"], ["resume_from_checkpoint", "--resume"]),
         (["per_device_eval_batch_size=8"], ["per_device_eval_batch_size", "training.batch_size"]),
-        (["deepspeed=zero2.json"], ["deepspeed", "zero2.json", "torchrun"]),
-        (["fsdp=full_shard"], ["fsdp", "torchrun"]),
         (["bias=most"], ["lora.bias", "most", "'lora_only'"]),
         (["lora_bias=true"], ["lora_bias", "true", "no bias of their own"]),
         (["init_lora_weights=false"], ["init_lora_weights", "false", "lora.init"]),
@@ -189,6 +199,10 @@ def test_as_key_value_they_win_over_the_file_under_either_name(write_run, train)
         (["gradient_checkpointing_kwargs={use_reentrant: true}"], ["use_reentrant", "not reentrant"]),
         (["llm_int8_threshold=6.0"], ["llm_int8_threshold", "6.0", "dequantized"]),
         (["peft_type=LOHA"], ["peft_type", "LOHA", "p_tuning"]),
+        (["deepspeed={zero_optimization: {stage: 2}}"], ["deepspeed", "JSON file"]),
+        (["fsdp=shard_grad_op auto_wrap"], ["fsdp", "shard_grad_op", "zero2"]),
+        (["fsdp_config={activation_checkpointing: true}"], ["fsdp_config.activation_checkpointing", "expected false"]),
+        (["fsdp_config={fsdp_ofload_params: true}"], ["fsdp_config.fsdp_ofload_params", "unknown"]),
         (["task_type=TOKEN_CLS"], ["task_type", "TOKEN_CLS"]),
         (["optim=lomo"], ["training.optimizer", "lomo", "'adamw_8bit'"]),
         (["lr_scheduler_kwargs={min_lr: 1e-5}"], ["lr_scheduler_kwargs", "training.min_lr_ratio"]),

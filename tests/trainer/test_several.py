@@ -144,6 +144,10 @@ def test_a_run_that_fails_is_named_and_the_others_are_complete(files, train, rec
         ({"lora__dora": True}, "lora.dora: True in {1}: only plain LoRA on a causal base can be trained beside"),
         ({"lora__modules_to_save": ["lm_head"]}, "lora.modules_to_save: ['lm_head'] in {1}: only plain LoRA"),
         ({"lora__init": "pissa"}, "lora.init: 'pissa' in {1}: only plain LoRA"),
+        (
+            {"training__distributed": {"strategy": "fsdp"}},
+            "training.distributed.strategy: 'fsdp' in {1}: only plain LoRA on a causal base",
+        ),
         ({"method": "prefix", "lora": {}}, "method: 'prefix' in {1}: only plain LoRA"),
         ({"name": "b", "report_to": ["mlflow"]}, "report_to: 'mlflow' in {1}: it follows one run at a time"),
     ],

@@ -30,7 +30,9 @@ def check_together(files: Sequence[Path], configs: Sequence[RunConfig]) -> None:
                 f"report_to: {one_at_a_time[0]!r} in {file}: it follows one run at a time, and tensorboard several"
             )
         if key := _of_one_alone(config):
-            raise ConfigError(f"{key} in {file}: only plain LoRA on a causal base can be trained beside other runs")
+            raise ConfigError(
+                f"{key} in {file}: only plain LoRA on a causal base can be trained beside other runs, by one process"
+            )
 
 
 def _common(config: RunConfig) -> list[tuple[str, Any]]:
@@ -42,10 +44,11 @@ def _common(config: RunConfig) -> list[tuple[str, Any]]:
 
 def _of_one_alone(config: RunConfig) -> str | None:
     """The first key whose value changes the base, or what all runs compute, or is no pair of matrices."""
-    lora = config.lora
+    lora, strategy = config.lora, config.training.distributed.strategy
     found = [
         ("method", config.method, config.method != "lora"),
         ("base.task", config.base.task, config.base.task != "causal"),
+        ("training.distributed.strategy", strategy, strategy != "ddp"),
         ("lora.init", lora.init, lora.init not in ("default", "gaussian")),
         ("lora.dora", lora.dora, lora.dora),
         ("lora.bias", lora.bias, lora.bias != "none"),

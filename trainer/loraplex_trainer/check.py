@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from loraplex_server.engine.model import load_base
 from loraplex_trainer.adapter import attach, load_weights
-from loraplex_trainer.config import RunConfig
+from loraplex_trainer.config import SHARED, RunConfig
 from loraplex_trainer.data import Encoded, read_splits, steps_in_epoch
 from loraplex_trainer.encoding import Example, encoder_for
 from loraplex_trainer.evaluate import Plan
@@ -29,6 +29,7 @@ from loraplex_trainer.progress import duration, say
 from loraplex_trainer.run import build_loop, encode_splits, rows_of, say_what_is_the_same
 from loraplex_trainer.schedule import count_steps
 from loraplex_trainer.size import adapter_size
+from loraplex_trainer.team import check_strategy
 from loraplex_trainer.tracking import check_packages
 
 SHOWN_EXAMPLES = 3
@@ -39,6 +40,7 @@ TIMED_STEPS = 2
 def check(config: RunConfig, console: Console, *, timing: bool) -> None:
     """Prints the report. Raises what `train` would raise before its first step: TrainerError and EngineError."""
     check_packages(config)
+    check_strategy(strategy := config.training.distributed.strategy)
     splits = read_splits(config.data)
     Plan.of(config.evaluation)
     say_what_is_the_same(splits, config.data.on_leak, console)
@@ -60,6 +62,8 @@ def check(config: RunConfig, console: Console, *, timing: bool) -> None:
     examples = rows_of(encoded["train"], config)
     for line in _memory(estimate_memory(model, loaded, examples, config.training), config):
         say(console, line)
+    if strategy in SHARED:
+        say(console, f"{strategy}: of this the processes share out, each its part: {SHARED[strategy]}")
     per_epoch = steps_in_epoch(len(examples), config.examples_per_step)
     rows = "packed rows" if config.data.packing else "examples"
     size = f"{config.training.batch_size} × {config.training.accumulation_steps} {rows}"

@@ -5,6 +5,7 @@ A default is written here and nowhere else. Knows no torch: a bad run file is re
 
 import difflib
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -31,6 +32,7 @@ from pydantic_core import ErrorDetails
 from loraplex_registry.goldens import PROMPTS
 from loraplex_registry.reference import check_name
 from loraplex_server.engine.chat_templates import NAMES
+from loraplex_trainer.deepspeed_json import additions
 from loraplex_trainer.errors import ConfigError
 from loraplex_trainer.option_names import is_theirs, translate
 from loraplex_trainer.unfit import unfit
@@ -42,6 +44,12 @@ LEARNING_RATES = {"ia3": 5.0e-3, "prompt": 3.0e-2, "prefix": 1.0e-2, "p_tuning":
 Momentum = Annotated[float, Field(ge=0.0, lt=1.0)]
 Every = PositiveInt | Literal["epoch"]  # steps
 ADAM = ("adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit")
+SHARED = {  # strategies that share out more than a step's examples, and what
+    "fsdp": "base, adapter, gradients, optimizer",
+    "zero1": "optimizer",
+    "zero2": "gradients, optimizer",
+    "zero3": "base, adapter, gradients, optimizer",
+}
 Roles = Annotated[tuple[Literal["system", "user", "assistant"], ...], Field(min_length=1)]
 
 
@@ -227,6 +235,12 @@ class EarlyStopping(Section):
     min_delta: NonNegativeFloat = 0.0
 
 
+class DistributedSection(Section):
+    strategy: Literal["ddp", "fsdp", "zero1", "zero2", "zero3"] = "ddp"
+    offload: Literal["none", "cpu"] = "none"
+    deepspeed: Path | None = None
+
+
 class TrainingSection(Section):
     epochs: PositiveFloat = 3
     max_steps: PositiveInt | None = None
@@ -253,6 +267,7 @@ class TrainingSection(Section):
     keep: Literal["last", "best"] = "last"
     log_every_steps: PositiveInt = 5
     kernels: bool = True
+    distributed: DistributedSection = DistributedSection()
 
     def disagreement(self) -> str | None:
         """The first setting that another one leaves without effect, in words."""
@@ -265,6 +280,13 @@ class TrainingSection(Section):
         ):
             if key in changed and chosen not in choices:
                 return f"training.{key}: it is nothing to training.{choice} = {chosen!r}, only to {', '.join(choices)}"
+        strategy = self.distributed.strategy
+        if self.distributed.offload != "none" and strategy == "ddp":
+            return f"training.distributed.offload: it is nothing to strategy {strategy!r}, only to {', '.join(SHARED)}"
+        if strategy != "ddp" and self.optimizer not in ("adamw", "sgd"):
+            return (
+                f"training.optimizer: {self.optimizer!r}: expected adamw or sgd where {strategy} shares its state out"
+            )
         if "warmup_ratio" in changed and self.warmup_steps is not None:
             return "training.warmup_steps and training.warmup_ratio say the same thing in two ways: keep one"
         if self.evaluate_every is None and (self.early_stopping or self.keep == "best"):
@@ -397,6 +419,8 @@ def load_config(path: Path, overrides: Sequence[str] = (), tell: Callable[[str],
     settings, taken_over = _in_our_names(settings, tell)
     given, given_over = _in_our_names(dict(map(_parse, overrides)), tell)
     for key, value in {**taken_over, **given, **given_over}.items():
+        _set(settings, key, value)
+    for key, value in additions(settings, int(os.environ.get("WORLD_SIZE", "1")), tell):
         _set(settings, key, value)
     try:
         # Through JSON, where strict validation still takes a string for a path and a list for a tuple.

@@ -17,6 +17,7 @@ _FREE_KEYS = (
     "logs",
     "push",
     "data.heldout",
+    "training.distributed",
     "training.gradient_checkpointing",
     "training.save_every",
     "training.log_every_steps",

@@ -26,7 +26,7 @@ from loraplex_trainer.optimizers import build_optimizer
 from loraplex_trainer.packing import packed_inputs
 from loraplex_trainer.schedule import count_steps, scheduled_rate
 from loraplex_trainer.stopping import Evaluation, is_best
-from loraplex_trainer.team import ALONE, Team
+from loraplex_trainer.team import ALONE, Part, Team
 
 
 def torch_generators() -> dict[str, torch.Generator]:
@@ -79,6 +79,7 @@ class Loop:
         self.optimizer = build_optimizer(groups, training, self.model.device)
         self.steps_per_epoch = steps_in_epoch(len(self.examples), self.config.examples_per_step)
         self.total_steps = count_steps(training, self.steps_per_epoch)
+        self.forward: torch.nn.Module = self.model  # what computes; a team may put an engine around the model
 
     def run(self, after_step: Callable[["Loop"], bool]) -> None:
         """Takes the remaining steps until `after_step`, called after each, says that one was the last.
@@ -103,10 +104,9 @@ class Loop:
             for indices in order[place : place + self.total_steps - self.step]:
                 yield Step(indices, [self.examples[index] for index in indices])
 
-    def micro_batches(self, step: Step) -> list[Sequence[Example]]:
+    def micro_batches(self, step: Step) -> list[Part]:
         """This process's share of a step, so many examples at a time."""
-        mine, size = self.team.share(step.examples), self.config.training.batch_size
-        return [mine[start : start + size] for start in range(0, len(mine), size)]
+        return self.team.parts(step.examples, self.config.training.batch_size)
 
     def scale_of(self, step: Step) -> int:
         """A mean's gradients are too small for float16: the sum's are taken, and divided in float32."""
@@ -118,13 +118,10 @@ class Loop:
             for parameter in self.parameters.values():
                 if parameter.grad is not None:
                     parameter.grad.div_(scale)
-        limit = self.config.training.max_grad_norm or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit)
         self.learning_rate = scheduled_rate(self.step, self.total_steps, self.config.training)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate * group["times"]
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        norm = self.team.take_step(self, self.config.training.max_grad_norm or math.inf)
         self.step += 1
         self.tokens_done += sum(len(example.ids) for example in step.examples)
         self._unread.append((loss, norm, step.indices))
@@ -138,16 +135,15 @@ class Loop:
 
     def measure(self, heldout: Sequence[Example]) -> None:
         """Adds the held-out loss of now to `evaluations`, and keeps the weights when none was lower."""
-        loss = mean_loss(self.model, heldout, self.config.training.batch_size, self.pad_id, self.team)
+        loss = mean_loss(self.forward, heldout, self.config.training.batch_size, self.pad_id, self.team)
         self.evaluations.append((self.step, loss))
         if self.config.training.keep == "best" and is_best(self.evaluations):
-            self.best = {name: parameter.detach().to("cpu", copy=True) for name, parameter in self.parameters.items()}
+            with self.team.whole(self):
+                self.best = {name: value.detach().to("cpu", copy=True) for name, value in self.parameters.items()}
 
-    @torch.no_grad()
     def settle(self) -> int:
         """Puts the best weights back where those are to be kept; returns the step whose weights the model has now."""
-        for name, tensor in self.best.items():
-            self.parameters[name].copy_(tensor)
+        self.team.put(self, self.best)
         return min(self.evaluations, key=lambda measured: measured[1])[0] if self.best else self.step
 
     def read_losses(self) -> None:
@@ -166,11 +162,11 @@ class Loop:
 
     def _forward_backward(self, step: Step) -> torch.Tensor:
         """Adds to the gradients; returns the loss of this process's share, a part of the mean over the whole step."""
-        total = torch.zeros((), device=self.model.device)
+        total = torch.zeros((), device=self.team.device or self.model.device)
         for part in self.micro_batches(step):
-            with memory_named(partial(self._too_much, part)):
-                loss = examples_loss(self.model, part, self.pad_id) / step.answer_tokens
-                (loss * self.scale_of(step)).backward()
+            with memory_named(partial(self._too_much, part.examples)):
+                loss = part.counts * examples_loss(self.forward, part.examples, self.pad_id) / step.answer_tokens
+                self.team.backward(self, loss * self.scale_of(step), part)
             total += loss.detach().to(total.device)
         return total
 
@@ -222,7 +218,7 @@ def losses_at(
         hidden = hidden_states(model, given, positions).flatten(0, 1)
         return [loss_in_pieces(hidden[at], head, ids) for at, ids in answers]
     logits = model(logits_to_keep=positions, **given).logits.flatten(0, 1)  # (rows · positions, vocabulary)
-    where = logits.device
+    where = logits.device  # its own: the weights may be offloaded
     return [cross_entropy(logits[at.to(where)].float(), ids.to(where), reduction="sum") for at, ids in answers]
 
 
@@ -233,9 +229,8 @@ def mean_loss(
     """Nats per answer token over `examples`, without dropout; the model's mode is put back."""
     was_training = model.training
     model.eval()
-    by_length = team.share(sorted(examples, key=lambda example: len(example.ids)))
-    batches = (by_length[i : i + batch_size] for i in range(0, len(by_length), batch_size))
-    total = team.total(sum(examples_loss(model, batch, pad_id).item() for batch in batches))
+    parts = team.parts(sorted(examples, key=lambda example: len(example.ids)), batch_size)
+    total = team.total(sum(part.counts * examples_loss(model, part.examples, pad_id).item() for part in parts))
     model.train(was_training)
     return total / sum(example.answer_tokens for example in examples)
 

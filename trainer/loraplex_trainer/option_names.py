@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from loraplex_trainer.errors import ConfigError
+from loraplex_trainer.fsdp_options import fsdp, fsdp_config
 
 # Their name: our key, which takes the value over (through VALUES where that lists one).
 RENAMED = {
@@ -134,6 +135,7 @@ AS_IT_IS: dict[str, tuple[Sequence[Any], str]] = {
     "train_on_inputs": ((False,), "the loss is on the completion alone"),
     "dataloader_num_workers": (range(1000), "the examples are tokenized before the first step"),
     "dataloader_pin_memory": ((True, False), "the examples are tokenized before the first step"),
+    "fsdp_version": ((1, 2), "torch's fully_shard, the second version, is what is used"),
     "ddp_find_unused_parameters": ((True, False), "only the adapter's gradients are exchanged"),
     "disable_tqdm": ((True, False), "a bar is drawn on a terminal only"),
     "do_eval": ((True,), "the held-out loss is always measured where data.heldout is set"),
@@ -167,8 +169,9 @@ INSTEAD = {
     "model_type": "base.task is causal or seq2seq: AutoModelForCausalLM or AutoModelForSeq2SeqLM",
     "peft_type": "method is lora, ia3, prompt, prefix or p_tuning",
     "task_type": "base.task is causal or seq2seq: CAUSAL_LM or SEQ_2_SEQ_LM",
-    "deepspeed": "ZeRO shares out memory that an adapter's few numbers do not need; torchrun gives data parallelism",
-    "fsdp": "every process holds the whole base; torchrun gives data parallelism",
+    "deepspeed": "the path of a JSON file is expected",
+    "fsdp": "full_shard, auto_wrap and offload are understood; zero1 and zero2 of training.distributed share out less",
+    "fsdp_config": "a mapping of options is expected",
     "eval_batch_size": "held-out examples are measured in batches of training.batch_size",
     "per_device_eval_batch_size": "held-out examples are measured in batches of training.batch_size",
     "hub_model_id": "push the finished adapter: registry hub push NAME:N OWNER/REPO",
@@ -321,6 +324,9 @@ def _scheduler_options(options: Any, _: Settings) -> Ours | None:
 COMPUTED: dict[str, Callable[[Any, Settings], Ours | None]] = {
     "adam_beta1": _betas,
     "adam_beta2": _betas,
+    "deepspeed": lambda path, _: {"training.distributed.deepspeed": path} if isinstance(path, str) else None,
+    "fsdp": fsdp,
+    "fsdp_config": fsdp_config,
     "cosine_min_lr_ratio": lambda ratio, _: {"training.schedule": "cosine_with_min_lr", "training.min_lr_ratio": ratio},
     "eval_strategy": _strategy("training.evaluate_every", "eval_steps", never={}),
     "evaluation_strategy": _strategy("training.evaluate_every", "eval_steps", never={}),

@@ -28,6 +28,11 @@ DRAFT, FINAL = "draft", "final"
 LONGEST_PAUSE_SECONDS = 5.0  # between two tries at a registry that does not answer
 
 
+def every_steps(every: str, save_every: int | str) -> int | str | None:
+    """So many steps, or "epoch", lie between two drafts; None: there are none."""
+    return {"save": save_every, "epoch": "epoch"}.get(every)
+
+
 class Pushes:
     """The pushes of one run; nothing happens where `push.every` is `never`. Used as a context: its end ends the thread.
 
@@ -71,10 +76,6 @@ class Pushes:
         for unfinished in self.folder.glob("*.partial"):
             shutil.rmtree(unfinished)
         self._thread.start()
-
-    def every_steps(self, save_every: int | str) -> int | str | None:
-        """So many steps, or "epoch", lie between two drafts; None: there are none."""
-        return {"save": save_every, "epoch": "epoch"}.get(self.every)
 
     def add(self, kind: str, step: int, write: Callable[[Path], object]) -> None:
         """Queue what `write` puts into the folder it is given: a complete adapter."""

@@ -64,7 +64,7 @@ def train(config: RunConfig, *, resume: bool, console: Console) -> Path:
     during it; EvaluationError and NotPushed after it; EngineError for a base that cannot be loaded.
     """
     material = Material.read(config, console)
-    team = join_team(config.base.device)
+    team = join_team(config)
     if team.size > 1 and config.base.device_map is not None:
         raise ConfigError(
             "base.device_map: each process of torchrun holds the whole base on its own device: leave it out"
@@ -88,17 +88,19 @@ def _train_adapter(
 ) -> Trained:
     """Loads and trains, and writes the adapter's files into `folder`: None, and no pushes, where another one writes."""
     config, started = material.config, time.monotonic()
-    base = load_base(**config.base.load_options)
+    base = load_base(**team.load_options(config.base))
     encoder = encoder_for(base, config.data)
     encoded = encode_splits(config, material.splits, base, encoder, material.console)
     loop = build_loop(config, base, encoded["train"], team)
     session = open_session(material, base, encoder, encoded, loop, earlier, pushes, started)
-    team.share_weights(loop.parameters)
     say(material.console, opening(session))
+    if told := team.begin(loop):
+        say(material.console, told)
     trained = session.run()
+    with team.whole(loop):
+        if folder is not None:
+            session.write(folder)
     team.leave()
-    if folder is not None:
-        session.write(folder)
     return trained
 
 
@@ -138,7 +140,7 @@ def build_loop(config: RunConfig, base: Base, train: Encoded, team: Team = ALONE
     """A fresh adapter on `base`, and the loop that trains it."""
     torch.manual_seed(config.training.seed)
     model = attach(base, config)
-    if config.training.kernels:
+    if config.training.kernels and not team.shares_base:  # the kernels pack whole weights
         use_kernels(model)
     if config.data.packing:
         prepare_packing(model)

@@ -27,7 +27,7 @@ from loraplex_trainer.errors import Interrupted
 from loraplex_trainer.evaluate import Measured
 from loraplex_trainer.loop import Loop, mean_loss, stop_signals
 from loraplex_trainer.progress import Reporter, bars, say
-from loraplex_trainer.push import DRAFT, Pushes
+from loraplex_trainer.push import DRAFT, Pushes, every_steps
 from loraplex_trainer.receipt import Trained, base_record, receipt_of, write_receipt
 from loraplex_trainer.stopping import should_stop
 from loraplex_trainer.tracking import tracking
@@ -88,7 +88,7 @@ class Session:
         heldout_loss = dict(loop.evaluations).get(kept_step)
         if heldout_loss is None and "heldout" in self.encoded:
             examples, size = self.encoded["heldout"].examples, self.config.training.batch_size
-            heldout_loss = mean_loss(loop.model, examples, size, loop.pad_id, loop.team)
+            heldout_loss = mean_loss(loop.forward, examples, size, loop.pad_id, loop.team)
         return self._trained(kept_step, heldout_loss)
 
     def write(self, folder: Path) -> None:
@@ -110,7 +110,7 @@ class Session:
         measure_due = loop.is_due(training.evaluate_every)
         save_due = stopping or loop.is_due(training.save_every)
         report_due = loop.is_due(training.log_every_steps)
-        push_due = self.pushes is not None and loop.is_due(self.pushes.every_steps(training.save_every))
+        push_due = loop.is_due(every_steps(self.config.push.every, training.save_every))
         if measure_due or save_due or report_due or push_due:
             loop.read_losses()  # a loss that is not finite stops here, before it is saved
         if measure_due:
@@ -119,10 +119,12 @@ class Session:
             finished = finished or should_stop(loop.evaluations, training.early_stopping)
         if report_due:
             reporter.report(loop)
-        if (save_due or finished) and loop.team.is_first:
-            self._save()
-        if push_due and self.pushes and not finished:
-            self.pushes.add(DRAFT, loop.step, self._write_draft)
+        if save_due or finished or push_due:
+            with loop.team.whole(loop):
+                if (save_due or finished) and loop.team.is_first:
+                    self._save()
+                if push_due and self.pushes and not finished:
+                    self.pushes.add(DRAFT, loop.step, self._write_draft)
         if stopping and not finished:
             raise Interrupted(stopped[0] if stopped else signal.SIGTERM, loop.step)
         return finished

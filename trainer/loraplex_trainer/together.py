@@ -142,7 +142,7 @@ def _forward_backward(shared: Shared, turn: Sequence[tuple[Loop, Step]]) -> list
     totals = [torch.zeros((), device=shared.model.device) for _ in turn]
     for parts in zip_longest(*(loop.micro_batches(step) for loop, step in turn)):
         there = [number for number, part in enumerate(parts) if part is not None]
-        losses = _one_pass(shared, [turn[number] for number in there], [parts[number] for number in there])
+        losses = _one_pass(shared, [turn[number] for number in there], [parts[number].examples for number in there])
         for number, loss in zip(there, losses, strict=True):
             totals[number] += loss.to(shared.model.device)
     return totals

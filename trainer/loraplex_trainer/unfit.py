@@ -20,6 +20,7 @@ _OF_THE_WEIGHTS = ("pissa", "olora", "loftq")
 def unfit(config: RunConfig) -> Iterator[str]:
     """Every reason to refuse the settings, each beginning with the key at fault."""
     yield from _of_the_base(config)
+    yield from _of_the_strategy(config)
     for section in sorted(set(_SECTIONS.values()) - {_SECTIONS[config.method]}):
         if key := _changed(getattr(config, section)):
             yield f"{section}.{key}: not an option of method {config.method!r}"
@@ -47,6 +48,27 @@ def _of_the_base(config: RunConfig) -> Iterator[str]:
             yield "data.loss_on: of base.task = 'seq2seq' the decoder learns completions, and nothing else"
         if config.data.packing:
             yield "data.packing: not with base.task = 'seq2seq', whose encoder reads one prompt a row"
+
+
+def _of_the_strategy(config: RunConfig) -> Iterator[str]:
+    """What shares out weights or state does it for LoRA's two matrices a layer, on a causal base."""
+    base, lora, strategy = config.base, config.lora, config.training.distributed.strategy
+    if strategy == "ddp":
+        return
+    if base.device_map is not None:
+        yield f"base.device_map: it spreads the base over devices, and so does strategy {strategy!r}: leave one out"
+    for key, given in (
+        ("method", config.method != "lora"),
+        ("base.task", base.task != "causal"),
+        ("base.quantization", base.quantization == "int8" and strategy in ("fsdp", "zero3")),
+        ("lora.dora", lora.dora),
+        ("lora.init", lora.init in _OF_THE_WEIGHTS),
+        ("lora.bias", lora.bias != "none"),
+        ("lora.modules_to_save", bool(lora.modules_to_save)),
+        ("lora.trainable_token_indices", bool(lora.trainable_token_indices)),
+    ):
+        if given:
+            yield f"{key}: training.distributed.strategy {strategy!r} does not share this out: expected ddp there"
 
 
 def _of_lora(config: RunConfig) -> Iterator[str]:
