@@ -72,6 +72,24 @@ def test_out_of_memory_says_what_to_lower_and_that_is_enough(write_run, train, e
     assert "lower data.max_tokens to " in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("quantization", "advice"),
+    [("none", "by nf4: set base.quantization to nf4, or take a smaller base"), ("nf4", "the least: take a smaller")],
+)
+def test_a_base_that_does_not_fit_is_told_with_what_would(
+    write_run, train, tmp_path, monkeypatch, quantization, advice
+):
+    def no_room(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    run = write_run(base__quantization=quantization)
+    monkeypatch.setattr("transformers.modeling_utils.convert_and_load_state_dict_in_model", no_room)
+    error = train(run, exit_code=1).stderr
+    assert "error: base.model: " in error and "does not fit into memory: " in error and " MiB of weights by " in error
+    assert advice in error
+    assert not (tmp_path / "adapters/tagger").exists()
+
+
 def test_another_runtime_error_is_not_called_out_of_memory(write_run, train):
     with NoRoom(rows=4, error=RuntimeError, words="shapes differ"), pytest.raises(RuntimeError, match="shapes differ"):
         train(write_run())

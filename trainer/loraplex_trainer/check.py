@@ -23,7 +23,7 @@ from loraplex_trainer.data import Encoded, read_splits, steps_in_epoch
 from loraplex_trainer.encoding import Example, encoder_for
 from loraplex_trainer.evaluate import Plan
 from loraplex_trainer.loop import Loop
-from loraplex_trainer.memory import MemoryEstimate, base_bytes, estimate_memory
+from loraplex_trainer.memory import MemoryEstimate, base_bytes, estimate_memory, gib
 from loraplex_trainer.parent import find_parent
 from loraplex_trainer.progress import duration, say
 from loraplex_trainer.run import build_loop, encode_splits, rows_of, say_what_is_the_same
@@ -112,9 +112,9 @@ def _adapter(model: PeftModel) -> str:
 
 def _memory(estimate: MemoryEstimate, config: RunConfig) -> Iterator[str]:
     """The parts, their sum beside what there is, and what to lower where that is less."""
-    parts = ", ".join(f"{name} {_gib(size)}" for name, size in vars(estimate).items())
+    parts = ", ".join(f"{name} {gib(size)}" for name, size in vars(estimate).items())
     free, where = _free_memory(config.base.device)
-    yield f"memory, an estimate: {parts}: {_gib(estimate.total)} in all; {_gib(free)} are free on the {where}"
+    yield f"memory, an estimate: {parts}: {gib(estimate.total)} in all; {gib(free)} are free on the {where}"
     if estimate.total <= free:
         return
     fixed = estimate.total - estimate.activations
@@ -152,7 +152,3 @@ def _free_memory(device: str) -> tuple[int, str]:
     if device != "cpu" and torch.cuda.is_available():
         return torch.cuda.mem_get_info()[0], torch.cuda.get_device_name()
     return psutil.virtual_memory().available, "CPU"
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

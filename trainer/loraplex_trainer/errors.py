@@ -5,6 +5,7 @@ TrainerError
 ├── DataError(ValueError)           the examples: unreadable, a column missing, nothing left to learn from
 ├── CheckpointError(RuntimeError)   nothing to resume, or a checkpoint of another run
 ├── NotFinite(ArithmeticError)      the loss or its gradient became NaN or infinite
+├── BaseTooLarge(MemoryError)       the base did not fit
 ├── OutOfMemory(MemoryError)        a step did not fit
 ├── TooMuchTogether(MemoryError)    a step of several runs did not fit
 ├── NotWritten(OSError)             the disk is full, or not to be written to
@@ -54,6 +55,10 @@ class NotFinite(TrainerError, ArithmeticError):
             "look at them, or lower training.learning_rate (a checkpoint saved before is kept)"
         )
         self.step = step
+
+
+class BaseTooLarge(TrainerError, MemoryError):
+    """The weights of the base did not fit into memory."""
 
 
 class OutOfMemory(TrainerError, MemoryError):

@@ -4,7 +4,7 @@ An estimate: what autograd keeps is counted on a model without numbers, the rest
 Python and torch take for themselves is not in it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
 
@@ -19,11 +19,14 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from loraplex_server.engine.model import Base, load_base
 from loraplex_trainer import seq2seq
 from loraplex_trainer.adapter import trainable_parameters
 from loraplex_trainer.config import BaseSection, TrainingSection
 from loraplex_trainer.data import make_batch
 from loraplex_trainer.encoding import Example
+from loraplex_trainer.errors import BaseTooLarge
+from loraplex_trainer.loop import memory_named
 from loraplex_trainer.packing import packed_inputs
 
 # Of a quantized weight: 4 bits, for each 64 weights a scale of 8 bits, for each 256 scales one of 32 bits.
@@ -58,6 +61,27 @@ def base_bytes(model: PreTrainedModel, section: BaseSection) -> int:
     else:
         stored = weights * (_4_BIT_BYTES if section.double_quantization else _4_BIT_BYTES_SINGLE)
     return int(whole - sum(module.weight.nbytes for module in quantized) + stored)
+
+
+def load_within_memory(section: BaseSection, options: Mapping[str, Any]) -> Base:
+    """`load_base`, by its own `options`. Raises BaseTooLarge, which says what it takes and what would take less."""
+    with memory_named(lambda: _too_large(section)):
+        return load_base(**options)
+
+
+def _too_large(section: BaseSection) -> BaseTooLarge:
+    model = load_base(**section.load_options, weights=False).model
+    takes = base_bytes(model, section)
+    told = f"base.model: {section.model} does not fit into memory: {gib(takes)} of weights by {section.quantization}"
+    smaller = base_bytes(model, section.model_copy(update={"quantization": "nf4"}))
+    if smaller < takes:
+        return BaseTooLarge(f"{told}, {gib(smaller)} by nf4: set base.quantization to nf4, or take a smaller base")
+    return BaseTooLarge(f"{told}, which is the least: take a smaller base")
+
+
+def gib(count: int) -> str:
+    """Bytes, as people compare them."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
 def _quantized(model: PreTrainedModel) -> Iterator[Any]:

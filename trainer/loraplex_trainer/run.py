@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from loraplex_server.engine.model import Base, load_base
+from loraplex_server.engine.model import Base
 from loraplex_trainer.adapter import attach, load_weights
 from loraplex_trainer.checkpoint import Progress, finish_swap, load_progress, restore_state, swap_in, writing
 from loraplex_trainer.config import RunConfig
@@ -28,6 +28,7 @@ from loraplex_trainer.fast import use_kernels
 from loraplex_trainer.identity import difference, run_identity
 from loraplex_trainer.lock import locked_folder
 from loraplex_trainer.loop import Loop
+from loraplex_trainer.memory import load_within_memory
 from loraplex_trainer.packing import pack, prepare_packing
 from loraplex_trainer.parent import find_parent
 from loraplex_trainer.progress import say
@@ -88,7 +89,7 @@ def _train_adapter(
 ) -> Trained:
     """Loads and trains, and writes the adapter's files into `folder`: None, and no pushes, where another one writes."""
     config, started = material.config, time.monotonic()
-    base = load_base(**team.load_options(config.base))
+    base = load_within_memory(config.base, team.load_options(config.base))
     encoder = encoder_for(base, config.data)
     encoded = encode_splits(config, material.splits, base, encoder, material.console)
     loop = build_loop(config, base, encoded["train"], team)

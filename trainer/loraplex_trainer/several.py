@@ -13,13 +13,13 @@ from pathlib import Path
 from rich.console import Console
 
 from loraplex_server.engine.errors import EngineError
-from loraplex_server.engine.model import load_base
 from loraplex_trainer.checkpoint import Progress, finish_swap, load_progress
 from loraplex_trainer.config import RunConfig
 from loraplex_trainer.encoding import encoder_for
 from loraplex_trainer.errors import CheckpointError, Interrupted, SomeFailed, TrainerError
 from loraplex_trainer.identity import difference, settings_of
 from loraplex_trainer.loop import Loop, stop_signals
+from loraplex_trainer.memory import load_within_memory
 from loraplex_trainer.progress import Named, bars, say
 from loraplex_trainer.push import Pushes
 from loraplex_trainer.receipt import RECEIPT, Trained
@@ -131,7 +131,7 @@ def _train_adapters(jobs: Sequence[Job], console: Console) -> tuple[dict[str, Tr
 def _open_sessions(jobs: Sequence[Job], console: Console) -> tuple[Shared, list[Session]]:
     started = time.monotonic()
     configs = [job.material.config for job in jobs]
-    base = load_base(**configs[0].base.load_options)
+    base = load_within_memory(configs[0].base, configs[0].base.load_options)
     encoders = [encoder_for(base, config.data) for config in configs]
     encoded = [
         encode_splits(job.material.config, job.material.splits, base, encoder, job.material.console)
