@@ -1,7 +1,7 @@
 """What the command says of versions and moves: words, tables, JSON, and progress bars. Asks no registry."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -70,11 +70,13 @@ def print_versions(found: list[Version], style: str) -> None:
 
 
 def facts(version: Version) -> tuple[str, str, str, str]:
-    return version.base.id, str(version.rank), decimal(version.bytes), metrics_line(version)
+    """Base, rank, size and metrics; those of the bare base are shown of one version alone: a table has no room."""
+    own = {key: value for key, value in version.metrics.items() if not key.startswith("base_")}
+    return version.base.id, str(version.rank), decimal(version.bytes), metrics_line(own)
 
 
-def metrics_line(version: Version) -> str:
-    return ", ".join(f"{key} {value:.4g}" for key, value in version.metrics.items())
+def metrics_line(metrics: Mapping[str, float]) -> str:
+    return ", ".join(f"{key} {value:.4g}" for key, value in metrics.items())
 
 
 def when(version: Version) -> str:

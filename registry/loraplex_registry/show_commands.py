@@ -49,7 +49,7 @@ def show(ref: str, style: str) -> None:
         "quantization": base.quantization or "unknown",
         "rank": version.rank,
         "targets": ", ".join(version.targets),
-        "metrics": metrics_line(version) or "none",
+        "metrics": metrics_line(version.metrics) or "none",
         "parent": version.parent or "none",
         "datasets": "\n".join(map(_dataset_line, version.lineage.datasets)) or "unknown",
         "run": _run_line(version.lineage),

@@ -66,6 +66,16 @@ def test_search_and_a_required_metric(run, trained, tmp_path):
     assert (wrong.code, wrong.err.startswith("error: 'f1>>1' is not a comparison")) == (1, True)
 
 
+def test_a_table_has_the_adapters_metrics_and_one_version_the_bases_too(run, trained):
+    receipt = json.loads((trained / "receipt.json").read_text())
+    receipt["metrics"] |= {"base_tag_f1": 0.125}
+    (trained / "receipt.json").write_text(json.dumps(receipt))
+    run("push", "quotes-tagger")
+    for table in (run("list").out, run("versions", "quotes-tagger").out):
+        assert "tag_f1 0.75" in table and "base_tag_f1" not in table
+    assert "base_tag_f1 0.125" in run("show", "quotes-tagger").out
+
+
 def test_aliases_are_set_and_removed(run, trained):
     run("push", "quotes-tagger")
     assert run("alias", "set", "quotes-tagger:1", "staging").out == "quotes-tagger@staging: quotes-tagger:1\n"
