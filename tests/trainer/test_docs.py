@@ -65,5 +65,6 @@ def test_every_command_works_as_it_is_written(clone, environment):
         command = ["bash", "-euo", "pipefail", "-c", block]
         ran = subprocess.run(command, cwd=clone, env=environment, capture_output=True, text=True, timeout=300)
         assert ran.returncode == 0, f"{block}\n{ran.stdout}\n{ran.stderr}"
+        assert "[transformers]" not in ran.stderr, ran.stderr
     assert {path.name for path in (clone / "adapters").glob("[a-z]*")} >= {"quotes-tagger", "run"}
     assert (clone / "merged" / "merge.json").is_file()

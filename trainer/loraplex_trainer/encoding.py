@@ -24,7 +24,7 @@ from loraplex_server.engine.rendering import (
     own_template,
     text_ids,
 )
-from loraplex_trainer.config import DataSection
+from loraplex_trainer.data_keys import DataSection
 from loraplex_trainer.errors import DataError
 from loraplex_trainer.forms import Sample, trained_roles
 
@@ -228,7 +228,7 @@ class Encoder:
             raise DataError(f"{sample.where}: {error}") from error
 
     def _plain_ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 
 
 def encoder_for(base: Base, data: DataSection) -> Encoder:

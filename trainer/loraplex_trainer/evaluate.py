@@ -17,15 +17,16 @@ from loraplex_registry.goldens import Golden, Top
 from loraplex_server.engine.engine import Completion
 from loraplex_server.engine.errors import AdapterRefused, BaseUnusable
 from loraplex_server.engine.model import Base
-from loraplex_server.engine.rendering import ends_of
+from loraplex_server.engine.rendering import ends_of, text_ids
 from loraplex_server.engine.request import MAX_LOGPROBS, SamplingParams
 from loraplex_trainer import forms
-from loraplex_trainer.config import EvaluationSection, RunConfig
+from loraplex_trainer.config import RunConfig
 from loraplex_trainer.data import Encoded, Split
 from loraplex_trainer.encoding import Encoder, Example, encoder_for
 from loraplex_trainer.general import general_text
 from loraplex_trainer.metrics import Metric, find_metric
 from loraplex_trainer.progress import say
+from loraplex_trainer.sections import EvaluationSection
 from loraplex_trainer.served import Served
 from loraplex_trainer.unserved import Unserved
 
@@ -140,7 +141,7 @@ def score_table(metrics: dict[str, float], trainer_loss: float | None) -> Table:
 
 def rows(metrics: dict[str, float], trainer_loss: float | None) -> Iterator[tuple[str, str, str]]:
     """Name, base's and adapter's number of each metric, as they are shown."""
-    if trainer_loss is not None:
+    if trainer_loss is not None and "heldout_loss" not in metrics:
         yield "held-out loss while training", "", f"{trainer_loss:.4f}"
     for name, value in metrics.items():
         if not name.startswith("base_"):
@@ -215,7 +216,7 @@ def _golden_prompts(prompts: Sequence[list[int]], count: int) -> Iterator[tuple[
 
 def _windows(text: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> list[Example]:
     """General text as pieces whose every token but the first is scored."""
-    ids: list[int] = tokenizer(text).input_ids
+    ids = text_ids(tokenizer, text)
     size = min(_WINDOW_TOKENS, max_tokens)
     pieces = [tuple(ids[start : start + size]) for start in range(0, len(ids), size)][:_WINDOWS]
     return [Example(piece, ((1, len(piece)),)) for piece in pieces if len(piece) > 1]

@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from loraplex_registry.base import HEADS, INPUT_EMBEDDINGS
 from loraplex_server.engine.goldens import EXACT, ROUNDED
 from loraplex_server.engine.model import DTYPES, Base
+from loraplex_server.engine.rendering import text_ids
 from loraplex_trainer.adapter import keep_quantized_layout
 from loraplex_trainer.checkpoint import swap_in
 from loraplex_trainer.errors import ConfigError, NotMerged
@@ -172,7 +173,7 @@ def _prompts(adapter: Found, base: Base) -> list[list[int]]:
     if adapter.receipt.goldens:
         return [list(golden.ids) for golden in adapter.receipt.goldens]
     paragraphs = (general_text("default") or "").split("\n\n")
-    return [base.tokenizer(text).input_ids[:_PROMPT_TOKENS] for text in paragraphs[:_PROMPTS]]
+    return [text_ids(base.tokenizer, text)[:_PROMPT_TOKENS] for text in paragraphs[:_PROMPTS]]
 
 
 def _refuse_full_disk(base: Base, out: Path, precision: torch.dtype) -> None:

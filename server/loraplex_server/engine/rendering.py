@@ -76,7 +76,7 @@ def own_template(tokenizer: "PreTrainedTokenizerBase") -> str | None:
 
 def text_ids(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
     """The ids of a prompt that is plain text: with the BOS that this tokenizer puts before text, or without."""
-    return list(tokenizer(text).input_ids)
+    return list(tokenizer(text, verbose=False).input_ids)  # how long it may be is looked at elsewhere
 
 
 def chat_ids(
@@ -96,7 +96,7 @@ def chat_ids(
         for message in messages
     ]
     pieces = chat_text(tokenizer, chat_template, spelt, answer_next).split(_BREAK)
-    return [token for piece in pieces for token in tokenizer(piece, add_special_tokens=False).input_ids]
+    return [token for piece in pieces for token in tokenizer(piece, add_special_tokens=False, verbose=False).input_ids]
 
 
 def chat_text(
