@@ -24,10 +24,11 @@ from report import write  # noqa: E402
 from shape import make_base  # noqa: E402
 
 from loraplex_server.engine.model import load_base  # noqa: E402
-from loraplex_trainer.config import RunConfig, load_config  # noqa: E402
+from loraplex_trainer.config import RunConfig  # noqa: E402
 from loraplex_trainer.data import encode_split, read_splits  # noqa: E402
 from loraplex_trainer.encoding import Example, encoder_for  # noqa: E402
 from loraplex_trainer.loop import Loop  # noqa: E402
+from loraplex_trainer.run_file import load_config  # noqa: E402
 from loraplex_trainer.together import Member, Shared, share, train_together  # noqa: E402
 
 QUOTES = Path(__file__).parents[1] / "demo/quotes/train.jsonl"

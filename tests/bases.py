@@ -10,9 +10,9 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from loraplex_server.engine.model import load_base
-from loraplex_trainer.config import load_config
 from loraplex_trainer.data import encode_split, read_splits
 from loraplex_trainer.encoding import Example, encoder_for
+from loraplex_trainer.run_file import load_config
 
 EOS = 1
 _SIZES: dict[str, dict[str, Any]] = {

@@ -16,9 +16,9 @@ from loraplex_server.app import create_app
 from loraplex_server.config import ServerConfig
 from loraplex_server.engine.model import load_base
 from loraplex_trainer.__main__ import train as train_command
-from loraplex_trainer.config import load_config
 from loraplex_trainer.data import encode_split, read_splits
 from loraplex_trainer.encoding import encoder_for
+from loraplex_trainer.run_file import load_config
 
 SYSTEM = {"role": "system", "content": "the lazy dog"}
 CHAT = [

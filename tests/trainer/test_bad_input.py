@@ -14,10 +14,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from loraplex_server.engine.model import load_base
-from loraplex_trainer.config import load_config
 from loraplex_trainer.data import encode_split, epoch_order, read_split
 from loraplex_trainer.encoding import encoder_for
 from loraplex_trainer.errors import OutOfMemory
+from loraplex_trainer.run_file import load_config
 
 SPACE = ["unshare", "--map-root-user", "--mount"]
 

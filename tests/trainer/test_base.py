@@ -15,10 +15,10 @@ from transformers import AutoTokenizer, CLIPVisionConfig, LlamaConfig, LlavaConf
 from loraplex_server.engine.errors import BaseUnusable
 from loraplex_server.engine.model import load_base
 from loraplex_trainer.adapter import attach, keep_quantized_layout, trainable_parameters
-from loraplex_trainer.config import load_config
 from loraplex_trainer.data import encode_split, read_splits
 from loraplex_trainer.encoding import encoder_for
 from loraplex_trainer.loop import Loop, examples_loss, mean_loss
+from loraplex_trainer.run_file import load_config
 
 SLOW = pytest.mark.slow
 SCHEMES = [("fp4", True), ("int8", True)] + [

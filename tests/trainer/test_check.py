@@ -18,11 +18,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from loraplex_server.engine.model import load_base
 from loraplex_trainer.adapter import attach
 from loraplex_trainer.check import check, rendered
-from loraplex_trainer.config import RunConfig, load_config
+from loraplex_trainer.config import RunConfig
 from loraplex_trainer.data import encode_split, read_split
 from loraplex_trainer.encoding import Example, encoder_for
 from loraplex_trainer.loop import Loop
 from loraplex_trainer.memory import MemoryEstimate, base_bytes, estimate_memory
+from loraplex_trainer.run_file import load_config
 
 NF4 = {"base__quantization": "nf4", "base__dtype": "bfloat16"}
 
@@ -175,7 +176,7 @@ MEASURE = """
 import resource, sys, psutil
 from pathlib import Path
 from loraplex_server.engine.upstream import quiet
-from loraplex_trainer.config import load_config
+from loraplex_trainer.run_file import load_config
 from loraplex_trainer import run, loop
 import torch, bitsandbytes
 from rich.console import Console

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from loraplex_trainer.config import known_keys, load_config
 from loraplex_trainer.errors import ConfigError
+from loraplex_trainer.run_file import known_keys, load_config
 
 
 def test_overrides_win_over_the_file_and_defaults_fill_the_rest(write_run):

@@ -10,8 +10,8 @@ import torch
 from transformers import AutoTokenizer
 
 from loraplex_server.engine.rendering import fill
-from loraplex_trainer.config import DataSection
 from loraplex_trainer.data import IGNORED, encode_split, epoch_order, make_batch, read_split
+from loraplex_trainer.data_keys import DataSection
 from loraplex_trainer.encoding import Encoder
 from loraplex_trainer.errors import DataError
 from loraplex_trainer.forms import Sample

@@ -4,9 +4,10 @@ import json
 
 import pytest
 
-from loraplex_trainer.config import RunConfig, load_config
+from loraplex_trainer.config import RunConfig
 from loraplex_trainer.deepspeed_json import engine_settings
 from loraplex_trainer.errors import ConfigError
+from loraplex_trainer.run_file import load_config
 
 # transformers' own example for stage 2, where all that the run decides is "auto".
 AUTO = {

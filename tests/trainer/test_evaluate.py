@@ -16,9 +16,9 @@ from loraplex_registry.registry import Registry
 from loraplex_server.app import create_app
 from loraplex_server.config import ServerConfig
 from loraplex_trainer.card import _cell
-from loraplex_trainer.config import load_config
 from loraplex_trainer.data import read_split
 from loraplex_trainer.metrics import exact_match, find_metric, tag_f1
+from loraplex_trainer.run_file import load_config
 
 LEARN = {"max_steps": 80, "batch_size": 16, "learning_rate": 2e-2}
 QUIET = {"general": "none", "samples": 0, "goldens": 0}

@@ -18,13 +18,14 @@ from loraplex_server.engine.model import load_base
 from loraplex_server.kernels.native import native
 from loraplex_trainer.adapter import attach, attach_adapter, keep_quantized_layout, trainable_parameters
 from loraplex_trainer.attention import Causal, Rotation, first_seen
-from loraplex_trainer.config import LoraSection, load_config
 from loraplex_trainer.data import make_batch
 from loraplex_trainer.encoding import Example
 from loraplex_trainer.fast import Packed, _Gate, _Linear, _Norm, use_kernels
 from loraplex_trainer.head import head_in_pieces, loss_in_pieces, use_pieces
 from loraplex_trainer.loop import loss_sum
 from loraplex_trainer.packing import joined
+from loraplex_trainer.run_file import load_config
+from loraplex_trainer.sections import LoraSection
 
 pytestmark = pytest.mark.skipif(not native(), reason=f"{native().why_not}; gcc comes with: apt-get install gcc")
 

@@ -7,8 +7,8 @@ import pytest
 from loraplex_server.engine.chat_templates import NAMES
 from loraplex_server.engine.model import load_base
 from loraplex_server.engine.rendering import chat_ids, chat_text
-from loraplex_trainer.config import DataSection
 from loraplex_trainer.data import encode_split, make_batch, read_split
+from loraplex_trainer.data_keys import DataSection
 from loraplex_trainer.encoding import encoder_for
 from loraplex_trainer.errors import DataError
 

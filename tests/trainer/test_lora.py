@@ -22,8 +22,8 @@ from loraplex_server.engine.model import load_base
 from loraplex_server.engine.request import SamplingParams
 from loraplex_trainer import session
 from loraplex_trainer.adapter import attach, keep_quantized_layout
-from loraplex_trainer.config import load_config
 from loraplex_trainer.initial import lora_layers
+from loraplex_trainer.run_file import load_config
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0)
 SERVED: dict[str, dict[str, Any]] = {

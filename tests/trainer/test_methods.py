@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from loraplex_registry.errors import InvalidAdapter
 from loraplex_registry.registry import Registry
 from loraplex_server.engine.errors import AdapterRefused
-from loraplex_trainer.config import load_config
+from loraplex_trainer.run_file import load_config
 
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "ia3": ("IA3", {"method": "ia3"}),

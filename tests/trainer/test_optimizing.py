@@ -12,9 +12,9 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import get_scheduler
 
-from loraplex_trainer.config import load_config
 from loraplex_trainer.errors import Interrupted
 from loraplex_trainer.run import train as run_training
+from loraplex_trainer.run_file import load_config
 from loraplex_trainer.schedule import scheduled_rate, warmup_length
 from loraplex_trainer.stopping import should_stop
 

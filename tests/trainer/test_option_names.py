@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from loraplex_trainer.config import RunConfig, known_keys, load_config
+from loraplex_trainer.config import RunConfig
 from loraplex_trainer.option_names import AS_IT_IS, CHOICES, COMPUTED, INSTEAD, NESTED, RENAMED
+from loraplex_trainer.run_file import known_keys, load_config
 
 PAGE = Path(__file__).parents[2] / "docs" / "training.md"
 

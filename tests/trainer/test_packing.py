@@ -13,13 +13,14 @@ from tiny import make_base
 from loraplex_server.engine.model import load_base
 from loraplex_server.engine.upstream import quiet
 from loraplex_trainer.adapter import attach_adapter, trainable_parameters
-from loraplex_trainer.config import LoraSection, load_config
 from loraplex_trainer.data import make_batch
 from loraplex_trainer.encoding import Example
 from loraplex_trainer.errors import ConfigError, Interrupted
 from loraplex_trainer.loop import loss_sum
 from loraplex_trainer.packing import pack, prepare_packing
 from loraplex_trainer.run import train as run_training
+from loraplex_trainer.run_file import load_config
+from loraplex_trainer.sections import LoraSection
 
 
 def examples(count: int, seed: int = 0, longest: int = 40) -> list[Example]:

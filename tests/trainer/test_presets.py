@@ -8,7 +8,8 @@ import yaml
 from jsonschema import Draft202012Validator
 
 from loraplex_trainer.__main__ import PRESETS
-from loraplex_trainer.config import RunConfig, load_config
+from loraplex_trainer.config import RunConfig
+from loraplex_trainer.run_file import load_config
 from loraplex_trainer.run_schema import FILE
 
 NAMES = ["bloom-quotes", "korean-instructions", "llama-2-7b-qlora", "tinyllama-chat"]

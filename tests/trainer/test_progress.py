@@ -12,9 +12,9 @@ import pytest
 from rich.console import Console
 
 from loraplex_registry.registry import Registry
-from loraplex_trainer.config import load_config
 from loraplex_trainer.progress import duration
 from loraplex_trainer.run import train as run_training
+from loraplex_trainer.run_file import load_config
 from loraplex_trainer.schedule import scheduled_rate
 
 MEASURED = {"max_steps": 12, "batch_size": 8, "log_every_steps": 1, "evaluate_every": 4}

@@ -16,9 +16,9 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from loraplex_registry.base import fingerprint_base
-from loraplex_trainer.config import load_config
 from loraplex_trainer.errors import Interrupted
 from loraplex_trainer.run import train as run_training
+from loraplex_trainer.run_file import load_config
 
 LONG = {"max_steps": 150, "batch_size": 8, "learning_rate": 5e-3, "log_every_steps": 1, "save_every": 1000}
 

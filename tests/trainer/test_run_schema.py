@@ -7,8 +7,8 @@ import pytest
 import yaml
 from jsonschema import Draft202012Validator
 
-from loraplex_trainer.config import load_config
 from loraplex_trainer.errors import ConfigError
+from loraplex_trainer.run_file import load_config
 from loraplex_trainer.run_schema import FILE, schema_text
 
 ROOT = Path(__file__).parents[2]

@@ -13,8 +13,8 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from loraplex_trainer.config import load_config
 from loraplex_trainer.errors import Interrupted
+from loraplex_trainer.run_file import load_config
 from loraplex_trainer.several import train_several
 
 OF_RUN = {

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, BloomConfig
 
 from loraplex_server.engine.model import load_base
 from loraplex_trainer.adapter import attach
-from loraplex_trainer.config import load_config
+from loraplex_trainer.run_file import load_config
 from loraplex_trainer.size import AdapterSize, adapter_size
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from dataset_hub import COMMIT, serve_dataset
 
-from loraplex_trainer.config import DataSection, SourceSection
 from loraplex_trainer.data import read_split, read_splits
+from loraplex_trainer.data_keys import DataSection, SourceSection
 from loraplex_trainer.errors import DataError
 from loraplex_trainer.sources import read_source
 
@@ -167,7 +167,7 @@ def test_a_malformed_source_is_one_line(write_run, train, sources, words):
 
 READ_ALL = """
 import json, sys
-from loraplex_trainer.config import SourceSection
+from loraplex_trainer.data_keys import SourceSection
 from loraplex_trainer.errors import DataError
 from loraplex_trainer.sources import read_source
 for settings in json.loads(sys.argv[1]):

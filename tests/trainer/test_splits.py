@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from loraplex_trainer.config import DataSection
 from loraplex_trainer.data import Split, read_splits
+from loraplex_trainer.data_keys import DataSection
 from loraplex_trainer.errors import DataError
 
 

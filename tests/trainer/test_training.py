@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM
 from loraplex_registry.registry import Registry
 from loraplex_server.engine.model import load_base
 from loraplex_trainer.adapter import attach_adapter, load_weights, trainable_parameters
-from loraplex_trainer.config import load_config
 from loraplex_trainer.data import Example, encode_split, make_batch, read_split
 from loraplex_trainer.encoding import encoder_for
 from loraplex_trainer.errors import ConfigError
 from loraplex_trainer.loop import Loop, loss_sum, mean_loss
+from loraplex_trainer.run_file import load_config
 from loraplex_trainer.schedule import scheduled_rate
 
 EOS = 1

@@ -17,8 +17,8 @@ from rich.console import Console
 from loraplex_server.engine.errors import BaseNotFound, BaseUnusable, EngineError
 from loraplex_server.engine.upstream import quiet
 from loraplex_trainer.beside import check_together
-from loraplex_trainer.config import load_config
 from loraplex_trainer.errors import Interrupted, TrainerError
+from loraplex_trainer.run_file import load_config
 from loraplex_trainer.run_schema import FILE as SCHEMA
 
 PRESETS = Path(__file__).with_name("presets")

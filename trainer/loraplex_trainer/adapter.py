@@ -25,10 +25,11 @@ from safetensors.torch import load_file, save_file
 
 from loraplex_server.engine.int8 import compute_in_float32
 from loraplex_server.engine.model import Base
-from loraplex_trainer.config import LoraSection, RunConfig
+from loraplex_trainer.config import RunConfig
 from loraplex_trainer.errors import ConfigError
 from loraplex_trainer.initial import as_one, begin, config_as_one, lora_layers
 from loraplex_trainer.methods import lora_config, other_config, refuse_unused
+from loraplex_trainer.sections import LoraSection
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 ADAPTER = "default"  # peft's name of an adapter that is alone

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from loraplex_server.engine.model import load_base
 from loraplex_trainer.adapter import attach, load_weights
-from loraplex_trainer.config import SHARED, RunConfig
+from loraplex_trainer.config import RunConfig
 from loraplex_trainer.data import Encoded, read_splits, steps_in_epoch
 from loraplex_trainer.encoding import Example, encoder_for
 from loraplex_trainer.evaluate import Plan
@@ -28,6 +28,7 @@ from loraplex_trainer.parent import find_parent
 from loraplex_trainer.progress import duration, say
 from loraplex_trainer.run import build_loop, encode_splits, rows_of, say_what_is_the_same
 from loraplex_trainer.schedule import count_steps
+from loraplex_trainer.sections import SHARED
 from loraplex_trainer.size import adapter_size
 from loraplex_trainer.team import check_strategy
 from loraplex_trainer.tracking import check_packages

@@ -10,8 +10,8 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from loraplex_trainer.config import TrainingSection
 from loraplex_trainer.schedule import scheduled_rate
+from loraplex_trainer.sections import TrainingSection
 from loraplex_trainer.stopping import Evaluation
 
 FOLDER = ".training"

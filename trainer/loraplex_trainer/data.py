@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from loraplex_trainer.config import DataSection, SourceSection
+from loraplex_trainer.data_keys import DataSection, SourceSection
 from loraplex_trainer.encoding import Encoder, Example, template_file
 from loraplex_trainer.errors import DataError
 from loraplex_trainer.forms import Sample, sample_of, trained_roles

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from loraplex_trainer.errors import ConfigError
 
 if TYPE_CHECKING:
-    from loraplex_trainer.config import TrainingSection
+    from loraplex_trainer.sections import TrainingSection
 
 AUTO = "auto"
 Ours = tuple[str, str, Any]  # what the file says, our key, and its value

@@ -13,7 +13,7 @@ from typing import Any
 
 from loraplex_server.engine.errors import InvalidRequest
 from loraplex_server.engine.rendering import Message, column_of, fill, read_messages, text_of
-from loraplex_trainer.config import DataSection
+from loraplex_trainer.data_keys import DataSection
 from loraplex_trainer.errors import DataError
 from loraplex_trainer.sources import Columns, Row
 

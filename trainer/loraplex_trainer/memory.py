@@ -22,12 +22,12 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from loraplex_server.engine.model import Base, load_base
 from loraplex_trainer import seq2seq
 from loraplex_trainer.adapter import trainable_parameters
-from loraplex_trainer.config import BaseSection, TrainingSection
 from loraplex_trainer.data import make_batch
 from loraplex_trainer.encoding import Example
 from loraplex_trainer.errors import BaseTooLarge
 from loraplex_trainer.loop import memory_named
 from loraplex_trainer.packing import packed_inputs
+from loraplex_trainer.sections import BaseSection, TrainingSection
 
 # Of a quantized weight: 4 bits, for each 64 weights a scale of 8 bits, for each 256 scales one of 32 bits.
 _4_BIT_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)

@@ -22,8 +22,9 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPI
 from transformers.pytorch_utils import Conv1D
 
 from loraplex_server.engine.model import Base
-from loraplex_trainer.config import Ia3Section, LoraSection, PromptSection, RunConfig
+from loraplex_trainer.config import RunConfig
 from loraplex_trainer.errors import ConfigError
+from loraplex_trainer.sections import Ia3Section, LoraSection, PromptSection
 
 TASK_TYPES = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM"}
 _INITS = {"vocabulary": PromptTuningInit.SAMPLE_VOCAB, "text": PromptTuningInit.TEXT, "random": PromptTuningInit.RANDOM}

@@ -11,7 +11,7 @@ from bitsandbytes.optim.adamw import AdamW8bit, AdamW32bit
 from bitsandbytes.optim.optimizer import Optimizer8bit
 from transformers.optimization import Adafactor
 
-from loraplex_trainer.config import TrainingSection
+from loraplex_trainer.sections import TrainingSection
 
 Parameters = Mapping[str, torch.nn.Parameter]
 

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from loraplex_trainer.config import RunConfig, known_keys
+from loraplex_trainer.config import RunConfig
+from loraplex_trainer.run_file import known_keys
 
 FILE = Path(__file__).with_name("run.schema.json")
 

@@ -5,7 +5,7 @@ Pure arithmetic: a resumed run needs no state of this file.
 
 import math
 
-from loraplex_trainer.config import TrainingSection
+from loraplex_trainer.sections import TrainingSection
 
 
 def count_steps(training: TrainingSection, steps_per_epoch: int) -> int:

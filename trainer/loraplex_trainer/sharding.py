@@ -13,7 +13,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, 
 from torch.distributed.tensor import DTensor
 
 from loraplex_trainer.adapter import trainable_parameters
-from loraplex_trainer.config import BaseSection
+from loraplex_trainer.sections import BaseSection
 from loraplex_trainer.team import Part, Team, device_of_team
 
 if TYPE_CHECKING:

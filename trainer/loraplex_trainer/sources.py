@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from loraplex_trainer.config import SourceSection
+from loraplex_trainer.data_keys import SourceSection
 from loraplex_trainer.errors import DataError
 
 Columns = dict[str, Any]

@@ -5,7 +5,7 @@ Both follow from the list alone, so a resumed run decides as the unbroken one wo
 
 from collections.abc import Sequence
 
-from loraplex_trainer.config import EarlyStopping
+from loraplex_trainer.sections import EarlyStopping
 
 Evaluation = tuple[int, float]  # after how many steps, and the held-out loss then: mean nats per answer token
 

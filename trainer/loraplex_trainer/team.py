@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from loraplex_trainer.config import BaseSection, RunConfig
+from loraplex_trainer.config import RunConfig
 from loraplex_trainer.deepspeed_json import read_deepspeed
 from loraplex_trainer.errors import ConfigError
+from loraplex_trainer.sections import BaseSection
 
 if TYPE_CHECKING:
     from loraplex_trainer.encoding import Example

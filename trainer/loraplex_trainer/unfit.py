@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from loraplex_trainer.config import RunConfig, Section
+    from loraplex_trainer.config import RunConfig
+    from loraplex_trainer.sections import Section
 
 # The section of each method.
 _SECTIONS = {"lora": "lora", "ia3": "ia3", "prompt": "prompt", "prefix": "prompt", "p_tuning": "prompt"}

@@ -16,9 +16,9 @@ import torch
 from bitsandbytes.nn.modules import Params4bit
 from torch.nn.functional import pad
 
-from loraplex_trainer.config import BaseSection
 from loraplex_trainer.deepspeed_json import engine_settings
 from loraplex_trainer.errors import ConfigError
+from loraplex_trainer.sections import BaseSection
 from loraplex_trainer.sharding import load_on_host, parts_in_step
 from loraplex_trainer.team import Part, Team, device_of_team
 

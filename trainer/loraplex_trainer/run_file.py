@@ -1,0 +1,142 @@
+"""Reads a run file: YAML and `key=value` overrides, options under other trainers' names, mistakes in words."""
+
+import difflib
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from loraplex_trainer.config import RunConfig
+from loraplex_trainer.deepspeed_json import additions
+from loraplex_trainer.errors import ConfigError
+from loraplex_trainer.option_names import is_theirs, translate
+
+
+def load_config(path: Path, overrides: Sequence[str] = (), tell: Callable[[str], object] = lambda _: None) -> RunConfig:
+    """Reads a run file and applies overrides such as `training.learning_rate=1e-3` (the value is YAML).
+
+    Options under the names of transformers, trl, peft and Axolotl are taken over, and `tell` is told of each one.
+    Raises ConfigError, naming the key, its value and what was expected; for an unknown key, the nearest known one.
+    """
+    try:
+        settings = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{path}: a mapping of keys to values is expected")
+    settings, taken_over = _in_our_names(settings, tell)
+    given, given_over = _in_our_names(dict(map(_parse, overrides)), tell)
+    for key, value in {**taken_over, **given, **given_over}.items():
+        _set(settings, key, value)
+    for key, value in additions(settings, int(os.environ.get("WORLD_SIZE", "1")), tell):
+        _set(settings, key, value)
+    try:
+        # Through JSON, where strict validation still takes a string for a path and a list for a tuple.
+        return RunConfig.model_validate_json(json.dumps(settings, default=str))
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {'; '.join(dict.fromkeys(_explain(error.errors())))}") from error
+
+
+def known_keys(section: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[str]:
+    """Every key of a run file as a dotted path, sections before their keys."""
+    for name, field in section.model_fields.items():
+        yield prefix + name
+        for kind in (field.annotation, *get_args(field.annotation)):  # a section, or one that may be left out
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                yield from known_keys(kind, f"{prefix}{name}.")
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads 1e-3 as a number (YAML 1.2 does, YAML 1.1 calls it text) and refuses a key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(problem=f"the key {key!r} is given twice{node.start_mark}")
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _in_our_names(given: dict[str, Any], tell: Callable[[str], object]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What of `given` is ours, and what the rest of it means in dotted keys of ours."""
+    translated, lines = translate(given)
+    ours = {key: value for key, value in given.items() if not is_theirs(str(key))}
+    for key in translated:
+        if _has(ours, key):
+            raise ConfigError(f"{key} is given, and again under another name ({'; '.join(lines)}): keep one")
+    for line in lines:
+        tell(line)
+    return ours, translated
+
+
+def _has(settings: dict[str, Any], key: str) -> bool:
+    section, _, rest = key.partition(".")
+    inner = settings.get(section)
+    return key in settings or bool(rest and isinstance(inner, dict) and _has(inner, rest))
+
+
+def _parse(override: str) -> tuple[str, Any]:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r}: key=value is expected, such as training.learning_rate=1e-3")
+    try:
+        return key, yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not YAML") from error
+
+
+def _set(settings: dict[str, Any], key: str, value: Any) -> None:
+    *sections, last = key.split(".")
+    for part in sections:
+        settings = settings.setdefault(part, {})
+        if not isinstance(settings, dict):
+            raise ConfigError(f"{key}={value}: {part!r} is a value, not a section")
+    settings[last] = value
+
+
+def _explain(errors: Sequence[ErrorDetails]) -> Iterator[str]:
+    known = list(known_keys())
+    wrong: dict[str, list[ErrorDetails]] = {}
+    for error in errors:
+        path = ".".join(str(part) for part in error["loc"] if not str(part).startswith("<"))
+        # Below a known key, pydantic adds the branch of a union or the index in a list: the key is what the user wrote.
+        key = max((key for key in known if path == key or path.startswith(f"{key}.")), key=len, default=path)
+        if error["type"] == "extra_forbidden":
+            yield f"unknown key {path!r}{_nearest(path, known)}"
+        elif error["type"] == "missing":
+            yield f"the key {path!r} is missing"
+        else:
+            wrong.setdefault(key, []).append(error)
+    for key, its_errors in wrong.items():
+        messages = [e["msg"].removeprefix("Input should be ").removeprefix("Value error, ") for e in its_errors]
+        if not key or any(
+            other.startswith(f"{key}.") for other in known
+        ):  # about a section: the message names its keys
+            yield messages[0]
+            continue
+        value = json.dumps(its_errors[0]["input"], ensure_ascii=False, default=str)
+        expected = "" if its_errors[0]["type"] == "value_error" else "expected "
+        yield f"{key}: {value}: {expected}{' or '.join(dict.fromkeys(messages))}"
+
+
+def _nearest(path: str, known: Sequence[str]) -> str:
+    """The known key a misspelt or misplaced one most likely meant, as the end of a sentence."""
+    leaf = path.rpartition(".")[2]
+    misplaced = [key for key in known if key.rpartition(".")[2] == leaf]
+    by_leaf = {key.rpartition(".")[2]: key for key in reversed(known)}
+    near = misplaced or difflib.get_close_matches(path, known, n=1, cutoff=0.6)
+    near = near or [by_leaf[name] for name in difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.6)]
+    return f"; the nearest known key is {near[0]!r}" if near else f"; the known keys are {', '.join(known)}"
