@@ -113,6 +113,15 @@ def test_an_interruption_saves_all_and_all_go_on(files, train, tmp_path):
         assert all(torch.equal(tensor, whole[key]) for key, tensor in found.items()), name
 
 
+def test_layers_that_are_computed_again_know_whose_tokens_they_are(files, train, tmp_path):
+    """With dropout: what is drawn the second time must be what was drawn the first."""
+    found = []
+    for again in (True, False):
+        train(*files("small", "wide", training__gradient_checkpointing=again))
+        found.append({name: weights(tmp_path, name) for name in ("small", "wide")})
+    assert all(alike(found[0][name], found[1][name]) for name in found[0])
+
+
 def test_nothing_to_resume_is_an_error(files, train, tmp_path):
     result = train(*files("small", "wide"), "--resume", exit_code=2)
     assert "nothing to resume: none of the runs has a checkpoint, and none is complete" in result.output

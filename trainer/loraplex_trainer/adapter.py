@@ -58,9 +58,9 @@ def attach(base: Base, config: RunConfig) -> PeftModel:
     return model
 
 
-def checkpoint_activations(base: Base) -> None:
-    """Lets layers be computed again for their gradients, instead of kept."""
-    base.model.activation_checkpointing_enable({"use_reentrant": False})
+def checkpoint_activations(base: Base, **options: Any) -> None:
+    """Lets layers be computed again for their gradients, instead of kept. `options` are torch's checkpoint's."""
+    base.model.activation_checkpointing_enable({"use_reentrant": False, **options})
     base.model.disable_input_require_grads()  # only reentrant checkpoints need inputs with gradients
 
 

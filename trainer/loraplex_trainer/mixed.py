@@ -5,7 +5,7 @@ Knows layers and tokens, not losses or steps.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -39,6 +39,19 @@ class Mixed:
     def __init__(self) -> None:
         self._parts: Sequence[Part] = ()
         self._alone: str | None = None
+        self.again = False  # whether a layer is computed a second time, for its gradients
+
+    def contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """What torch's checkpoints compute a layer in: the first time, and again."""
+        return nullcontext(), self._again()
+
+    @contextmanager
+    def _again(self) -> Iterator[None]:
+        self.again = True
+        try:
+            yield
+        finally:
+            self.again = False
 
     @contextmanager
     def batch(self, parts: Sequence[Part]) -> Iterator[None]:
@@ -70,16 +83,27 @@ class Mixed:
 
 
 class OwnDropout(torch.nn.Module):
-    """torch's dropout, drawn from a run's own generators: what one run draws does not depend on the others."""
+    """torch's dropout, drawn from a run's own generators: what one run draws does not depend on the others.
 
-    def __init__(self, p: float, generators: Mapping[str, torch.Generator]) -> None:
+    torch puts its own generators back when it computes a layer again, and knows nothing of these.
+    """
+
+    def __init__(self, p: float, generators: Mapping[str, torch.Generator], mixed: Mixed) -> None:
         super().__init__()
-        self.p, self._generators = p, generators
+        self.p, self._generators, self._mixed = p, generators, mixed
+        self._first: torch.Tensor | None = None  # the state from which the first computation drew
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training:
             return x
-        kept = torch.empty_like(x).bernoulli_(1 - self.p, generator=self._generators[x.device.type])
+        generator = self._generators[x.device.type]
+        now = generator.get_state()
+        if self._mixed.again and self._first is not None:
+            generator.set_state(self._first)
+        self._first = generator.get_state()
+        kept = torch.empty_like(x).bernoulli_(1 - self.p, generator=generator)
+        if self._mixed.again:
+            generator.set_state(now)
         return x * kept.div_(1 - self.p)
 
 
@@ -91,7 +115,7 @@ def mix(model: PeftModel, generators: Mapping[str, Mapping[str, torch.Generator]
             continue
         for name, dropout in list(layer.lora_dropout.items()):
             if p := getattr(dropout, "p", 0.0):
-                layer.lora_dropout[name] = OwnDropout(p, generators[name])
+                layer.lora_dropout[name] = OwnDropout(p, generators[name], mixed)
         layer.forward = partial(_forward, layer, mixed.parts_of)
         for name in layer.lora_A:  # peft freezes all but the active one
             for matrix in (layer.lora_A[name], layer.lora_B[name]):

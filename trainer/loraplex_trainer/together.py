@@ -84,7 +84,7 @@ def share(base: Base, configs: Sequence[RunConfig]) -> Shared:
         generators[name] = _generators(config.training.seed, base.device)
     mixed = mix(model, generators)
     if configs[0].training.gradient_checkpointing:
-        checkpoint_activations(base)
+        checkpoint_activations(base, context_fn=mixed.contexts)
     if configs[0].training.kernels:
         use_kernels(model, mixed.parts_of)
     if any(config.data.packing for config in configs):
