@@ -34,7 +34,8 @@ def own_folders(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     monkeypatch.setenv("LORAPLEX_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # of commands; huggingface_hub has read its own by now
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.delenv("LORAPLEX_REGISTRY", raising=False)
     monkeypatch.delenv("LORAPLEX_REGISTRY_TOKEN", raising=False)
     monkeypatch.delenv("LORAPLEX_REGISTRY_DATABASE", raising=False)

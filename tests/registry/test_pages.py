@@ -34,7 +34,7 @@ def test_pages_of_a_search_are_the_search(many):
         for query in ("", "f1>0.4 rank>=4", "number"):
             whole = many.search(query, sort)
             assert len(whole) == (5 if "f1" in query else 6)
-            for limit in (1, 2, 3, 6, 7):
+            for limit in (1, 3, 7):
                 found = all_pages(lambda sort=sort, query=query, **page: many.search_page(query, sort, **page), limit)
                 assert found == whole, (sort, query, limit)
 
