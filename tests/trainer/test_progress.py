@@ -102,22 +102,27 @@ class TestTrackers:
         history = {one.step: one.value for one in client.get_metric_history(found.info.run_id, "heldout_loss")}
         assert history == pytest.approx({one["step"]: one["loss"] for one in receipt()["evaluations"]})
 
+    @pytest.fixture
+    def run_cut_off(self, run, tmp_path):
+        """A run in a process of its own, without a way out: what is written is written here."""
+
+        def of(tracker: str) -> None:
+            pytest.importorskip(tracker, reason=f"pip install -c constraints.txt 'loraplex[{tracker}]'")
+            environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "https_proxy": "http://127.0.0.1:9"}
+            command = [sys.executable, "-m", "loraplex_trainer", str(run(tracker))]
+            subprocess.run(command, env=environment, cwd=tmp_path, check=True, capture_output=True, timeout=300)
+
+        return of
+
     @pytest.mark.slow
-    def test_wandb_stays_off_line(self, run, tmp_path):
-        """In a process of its own, without a way out: what is written is written here."""
-        pytest.importorskip("wandb", reason="pip install -c constraints.txt 'loraplex[wandb]'")
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "https_proxy": "http://127.0.0.1:9"}
-        command = [sys.executable, "-m", "loraplex_trainer", str(run("wandb"))]
-        subprocess.run(command, env=environment, cwd=tmp_path, check=True, capture_output=True, timeout=300)
+    def test_wandb_stays_off_line(self, run_cut_off, tmp_path):
+        run_cut_off("wandb")
         (file,) = (tmp_path / "logs/wandb").glob("offline-run-*/run-*.wandb")
         assert b"heldout_loss" in file.read_bytes()
 
     @pytest.mark.slow
-    def test_trackio_stays_here(self, run, tmp_path):
-        pytest.importorskip("trackio", reason="pip install -c constraints.txt 'loraplex[trackio]'")
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "https_proxy": "http://127.0.0.1:9"}
-        command = [sys.executable, "-m", "loraplex_trainer", str(run("trackio"))]
-        subprocess.run(command, env=environment, cwd=tmp_path, check=True, capture_output=True, timeout=300)
+    def test_trackio_stays_here(self, run_cut_off, tmp_path):
+        run_cut_off("trackio")
         with sqlite3.connect(tmp_path / "logs/trackio/loraplex.db") as database:
             logged = database.execute("SELECT step, metrics FROM metrics WHERE run_name = 'tagger'").fetchall()
         losses = {step: found["loss"] for step, text in logged if "loss" in (found := json.loads(text))}
