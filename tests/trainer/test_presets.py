@@ -40,7 +40,7 @@ def test_they_are_listed_with_what_they_are(train):
 def test_each_is_read_and_fits_the_schema(preset, name):
     preset(name)
     document = json.loads(json.dumps(yaml.safe_load((PRESETS / f"{name}.yaml").read_text())))
-    Draft202012Validator(json.loads(FILE.read_text())).validate(document)
+    assert not list(Draft202012Validator(json.loads(FILE.read_text())).iter_errors(document))
 
 
 def test_the_seven_billion_one_has_every_value_of_the_run_it_comes_from(preset):
