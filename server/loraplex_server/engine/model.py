@@ -114,18 +114,11 @@ def load_base(
         _refuse_other_senses(id_or_path, config)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         if weights:
-            model = TASKS[task].from_pretrained(
-                folder,
-                config=config,
-                dtype=compute,
-                quantization_config=scheme,
-                device_map={"": where} if device_map is None else device_map,
-                use_safetensors=True,
-            )
+            placed = {"": where} if device_map is None else device_map
+            options = {"dtype": compute, "quantization_config": scheme, "device_map": placed, "use_safetensors": True}
+            model = TASKS[task].from_pretrained(folder, config=config, **options)
         else:
-            with torch.device("meta"):
-                model = TASKS[task].from_config(config, dtype=compute)
-            model.generation_config = _generation_config(folder, config)
+            model = _without_numbers(folder, config, task, compute)
         described = describe_base(str(folder)) if weights else describe_base(id_or_path, revision)
     except BaseUnusable:
         raise
@@ -215,6 +208,14 @@ def _refuse_other_senses(name: str, config: Any) -> None:
             f"base {name!r} is a {sense} and language model ({config.model_type}); only language models are trained "
             "and served, causal or encoder-decoder"
         )
+
+
+def _without_numbers(folder: Path, config: Any, task: str, compute: torch.dtype) -> Any:
+    """The model on the meta device."""
+    with torch.device("meta"):
+        model = TASKS[task].from_config(config, dtype=compute)
+    model.generation_config = _generation_config(folder, config)
+    return model
 
 
 def _generation_config(folder: Path, config: Any) -> GenerationConfig:
