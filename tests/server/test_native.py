@@ -16,14 +16,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from loraplex_registry.tensors import read_header
-from loraplex_server.engine.amx_lora import AmxLora
+from loraplex_server.engine.native_lora import NativeLora
 from loraplex_server.engine.engine import Engine
 from loraplex_server.engine.errors import AdapterRefused
 from loraplex_server.engine.lora import Along, Segment
 from loraplex_server.engine.lora_table import LoraTable
 from loraplex_server.engine.model import load_base
 from loraplex_server.kernels import native as module
-from loraplex_server.kernels.native import addresses, build, native
+from loraplex_server.kernels.native import KINDS, Native, addresses, build, native
 
 needs_kernels = pytest.mark.skipif(not native(), reason=f"{native().why_not}; gcc comes with: apt-get install gcc")
 
@@ -46,7 +46,7 @@ def test_lora_of_many_adapters_is_what_each_gives_alone(inputs, outputs):
         first += tokens
     x, before = random(1, first, inputs, seed=3), random(1, first, outputs, seed=4)
     expected = before.float()
-    out = AmxLora().apply(lambda _: before.clone(), x, Along(segments), table)
+    out = NativeLora().apply(lambda _: before.clone(), x, Along(segments), table)
     for _, slot, start, stop in segments:
         if slot >= 0:
             a, b = weights[slot]
@@ -57,7 +57,7 @@ def test_lora_of_many_adapters_is_what_each_gives_alone(inputs, outputs):
     for _, slot, start, stop in segments:  # the same bits alone
         if slot >= 0:
             part, along = before[:, start:stop].clone(), Along([Segment("x", slot, 0, stop - start)])
-            alone = AmxLora().apply(lambda _, part=part: part, x[:, start:stop], along, table)
+            alone = NativeLora().apply(lambda _, part=part: part, x[:, start:stop], along, table)
             assert torch.equal(alone, out[:, start:stop])
 
 
@@ -68,7 +68,7 @@ def test_an_adapter_that_overflows_spoils_its_own_tokens_only():
     for slot, (a, b) in enumerate(weights):
         table.a[slot], table.b[slot], table.rank[slot], table.scaling[slot] = *addresses(a, b), 16, 1
     x, before = random(1, 8, 64, seed=3), random(1, 8, 32, seed=4)
-    kernel = AmxLora()
+    kernel = NativeLora()
     beside = kernel.apply(lambda _: before.clone(), x, Along([Segment("0", 0, 0, 4), Segment("1", 1, 4, 8)]), table)
     alone = kernel.apply(lambda _: before[:, :4].clone(), x[:, :4], Along([Segment("0", 0, 0, 4)]), table)
     assert torch.equal(beside[:, :4], alone)
@@ -102,17 +102,32 @@ def test_attention_over_paged_keys_is_torch_s(heads, kv_heads, width):
 
 @needs_kernels
 def test_they_are_built_once(tmp_path, monkeypatch):
-    first = build(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == [first.name], "nothing is left beside it"
+    first, second = (build(kind, tmp_path) for kind in KINDS)
+    assert {path.name for path in tmp_path.iterdir()} == {first.name, second.name}, "nothing is left beside them"
     monkeypatch.setattr(module.shutil, "which", lambda name: pytest.fail("it asked for a compiler again"))
-    assert build(tmp_path) == first
+    assert [build(kind, tmp_path) for kind in KINDS] == [first, second]
+
+
+@needs_kernels
+def test_where_the_system_withholds_amx_the_others_serve(monkeypatch):
+    withheld = Native(None, "the system does not let this process use AMX")
+    loaded = module._loaded
+    monkeypatch.setattr(module, "_cpu_flags", lambda: set(KINDS[0].flags))
+    monkeypatch.setattr(module, "_loaded", lambda kind: withheld if kind.name == "AMX" else loaded(kind))
+    assert native.__wrapped__().name == "AVX-512 kernels"
+
+
+def test_a_cpu_of_another_kind_has_none(monkeypatch):
+    monkeypatch.setattr(module, "_cpu_flags", lambda: {"avx2", "avx512f", "amx_tile"})
+    found = native.__wrapped__()
+    assert (bool(found), found.why_not) == (False, "this CPU has no AVX-512 BF16")
 
 
 @pytest.fixture
 def unbuilt(monkeypatch):
     """A machine with AMX where the kernels are not beside the sources."""
-    monkeypatch.setattr(module, "_name", lambda: "loraplex-unbuilt.so")
-    monkeypatch.setattr(module, "_cpu_flags", lambda: module._CPU_FLAGS)
+    monkeypatch.setattr(module, "_name", lambda kind: f"loraplex-unbuilt-{kind.name}.so")
+    monkeypatch.setattr(module, "_cpu_flags", lambda: set(KINDS[0].flags))
 
 
 @pytest.mark.parametrize("compiler", [None, "false"])
@@ -120,7 +135,7 @@ def test_without_a_compiler_that_works_there_are_none_and_the_reason_is_told(tmp
     monkeypatch.setattr(module.shutil, "which", lambda name: compiler)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises((FileNotFoundError, subprocess.CalledProcessError)):
-        build(tmp_path)
+        build(KINDS[0], tmp_path)
     assert list(tmp_path.iterdir()) == []
     found = native.__wrapped__()
     assert not found and ("gcc" in found.why_not or "false" in found.why_not)
@@ -142,13 +157,13 @@ def test_a_4_bit_layer_adds_the_same_as_any_other(base_folder):
     starts = torch.tensor([0, *tokens]).cumsum(0).tolist()
     segments = [Segment(str(s), s, *ends) for s, ends in zip(slots, pairwise(starts), strict=True)]
     along, x = Along(segments), random(1, starts[-1], inputs, seed=1)
-    fused = AmxLora().apply(layer, x, along, table)
-    afterwards = AmxLora().apply(layer.forward, x, along, table)
+    fused = NativeLora().apply(layer, x, along, table)
+    afterwards = NativeLora().apply(layer.forward, x, along, table)
     torch.testing.assert_close(fused, afterwards, rtol=2**-6, atol=2**-7 * float(afterwards.abs().max()))
     assert not torch.equal(fused, layer(x))
     for slot, first, last in [(s.slot, s.first, s.last) for s in segments]:
         alone = Along([Segment(None, slot, 0, last - first)])
-        assert torch.equal(AmxLora().apply(layer, x[:, first:last], alone, table), fused[:, first:last])
+        assert torch.equal(NativeLora().apply(layer, x[:, first:last], alone, table), fused[:, first:last])
 
 
 @pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), OSError(30, "Read-only file system")])
@@ -203,16 +218,16 @@ def test_an_images_build_fails_only_where_it_should_have_worked(
 
 
 @pytest.mark.skipif(not shutil.which("gcc"), reason="apt-get install gcc")
-def test_an_images_build_needs_no_cpu_with_amx(tmp_path, monkeypatch):
+def test_an_images_build_needs_no_cpu_that_can_run_them(tmp_path, monkeypatch):
     """Beside a copy of the sources, so that nothing is left in this checkout."""
     shutil.copytree(module._HERE, tmp_path / "kernels", ignore=shutil.ignore_patterns("*.so"))
     monkeypatch.setattr(module, "_HERE", tmp_path / "kernels")
     monkeypatch.setattr(module, "_cpu_flags", set)
     monkeypatch.setattr(module.platform, "machine", lambda: "x86_64")
     code, said = module.build_for_image()
-    (built,) = (tmp_path / "kernels").glob("*.so")
-    assert (code, said) == (0, str(built))
-    assert module._built() == built, "found beside the sources, and not built again"
+    assert (code, len(said.splitlines())) == (0, len(KINDS))
+    for kind, built in zip(KINDS, said.splitlines(), strict=True):
+        assert module._built(kind) == Path(built), "found beside the sources, and not built again"
 
 
 def file_of(tmp_path, tensors) -> tuple[Path, torch.Tensor]:

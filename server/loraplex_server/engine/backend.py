@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 import torch
 
-from loraplex_server.engine.amx_lora import AmxLora
 from loraplex_server.engine.config import EngineConfig
 from loraplex_server.engine.errors import BaseUnusable
 from loraplex_server.engine.fused import fuse
 from loraplex_server.engine.lora import LoraKernel
 from loraplex_server.engine.model import Base
+from loraplex_server.engine.native_lora import NativeLora
 from loraplex_server.engine.quantized import choose_kernels
 from loraplex_server.engine.triton_lora import TritonLora
 from loraplex_server.kernels.native import native
@@ -26,7 +26,7 @@ class Backend:
     name: str  # for people
     lora: LoraKernel | None  # None: through peft's modules
     lora_dtype: torch.dtype  # what adapters are kept in on the device
-    amx: bool = False
+    native: bool = False  # a CPU with our kernels
     cuda: bool = False  # a CUDA device with our kernels, which decode steps need to be replayed
 
 
@@ -44,7 +44,7 @@ def prepare(base: Base, config: EngineConfig) -> Backend:
         return Backend("CUDA", TritonLora(base.dtype), base.dtype, cuda=True)
     if config.kernels and base.dtype == torch.bfloat16 and native():
         fuse(base.model)
-        return Backend("AMX kernels", AmxLora(), torch.bfloat16, amx=True)
+        return Backend(native().name, NativeLora(), torch.bfloat16, native=True)
     why = "turned off" if not config.kernels else native().why_not or f"the base computes in {base.dtype}"
     return Backend(f"no kernels of our own: {why}", None, torch.float32)  # as peft keeps them
 

@@ -116,7 +116,7 @@ class Engine:
         routing = Routing(config.max_loras, config.max_rank, backend.lora)
         graph_rows = config.max_rows if backend.cuda and config.cuda_graphs else 0
         self._runner = make_runner(
-            base.model, self.pages, config.paged, graph_rows, self.max_tokens, routing, backend.amx
+            base.model, self.pages, config.paged, graph_rows, self.max_tokens, routing, backend.native
         )
         self.pages.share = config.prefix_cache and self._runner.paged
         self.scheduler = Scheduler(

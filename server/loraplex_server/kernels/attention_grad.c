@@ -4,7 +4,7 @@
 // what the next one reads. 32 queries at a time see all their keys: the scores of more are never there. Nothing is kept for
 // the backward pass but two numbers for each query and head (arXiv:2205.14135). bfloat16, with float32 sums and softmax.
 
-#include "common.h"
+#include "tiles.h"
 
 enum { SIDE = 2 * TILE, SQUARE = SIDE * SIDE };  // queries, or keys, that go together
 
@@ -67,40 +67,40 @@ static void pairs_of_rows(uint16_t *to, const uint16_t *from, long count, long w
 static inline void square(float *sums, const uint16_t *left, long stride, const uint16_t *right, long step, long apart, long line, long depth) {
     zero_sums();
     for (long d = 0; d < depth; d += DEPTH, right += step) {
-        _tile_loadd(4, left + d, stride * 2);
-        _tile_loadd(5, left + TILE * stride + d, stride * 2);
-        _tile_loadd(6, right, line * 2);
-        _tile_loadd(7, right + apart, line * 2);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
+        tile_load(4, left + d, stride * 2);
+        tile_load(5, left + TILE * stride + d, stride * 2);
+        tile_load(6, right, line * 2);
+        tile_load(7, right + apart, line * 2);
+        tile_product(0, 4, 6);
+        tile_product(1, 4, 7);
+        tile_product(2, 5, 6);
+        tile_product(3, 5, 7);
     }
-    _tile_stored(0, sums, 4 * SIDE);
-    _tile_stored(1, sums + TILE, 4 * SIDE);
-    _tile_stored(2, sums + TILE * SIDE, 4 * SIDE);
-    _tile_stored(3, sums + TILE * SIDE + TILE, 4 * SIDE);
+    tile_store(0, sums, 4 * SIDE);
+    tile_store(1, sums + TILE, 4 * SIDE);
+    tile_store(2, sums + TILE * SIDE, 4 * SIDE);
+    tile_store(3, sums + TILE * SIDE + TILE, 4 * SIDE);
 }
 
 // sums (32 rows, width) float32 += left (32, 32) times right, for each 16 of the width (16 pairs, 16, 2).
 static inline void add_products(float *sums, const uint16_t *left, const uint16_t *right, long width) {
-    _tile_loadd(4, left, 2 * SIDE);
-    _tile_loadd(5, left + TILE * SIDE, 2 * SIDE);
+    tile_load(4, left, 2 * SIDE);
+    tile_load(5, left + TILE * SIDE, 2 * SIDE);
     for (long d = 0; d < width; d += SIDE, sums += SIDE, right += SQUARE) {
-        _tile_loadd(0, sums, 4 * width);
-        _tile_loadd(1, sums + TILE, 4 * width);
-        _tile_loadd(2, sums + TILE * width, 4 * width);
-        _tile_loadd(3, sums + TILE * width + TILE, 4 * width);
-        _tile_loadd(6, right, 64);
-        _tile_loadd(7, right + SQUARE / 2, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-        _tile_stored(0, sums, 4 * width);
-        _tile_stored(1, sums + TILE, 4 * width);
-        _tile_stored(2, sums + TILE * width, 4 * width);
-        _tile_stored(3, sums + TILE * width + TILE, 4 * width);
+        tile_load(0, sums, 4 * width);
+        tile_load(1, sums + TILE, 4 * width);
+        tile_load(2, sums + TILE * width, 4 * width);
+        tile_load(3, sums + TILE * width + TILE, 4 * width);
+        tile_load(6, right, 64);
+        tile_load(7, right + SQUARE / 2, 64);
+        tile_product(0, 4, 6);
+        tile_product(1, 4, 7);
+        tile_product(2, 5, 6);
+        tile_product(3, 5, 7);
+        tile_store(0, sums, 4 * width);
+        tile_store(1, sums + TILE, 4 * width);
+        tile_store(2, sums + TILE * width, 4 * width);
+        tile_store(3, sums + TILE * width + TILE, 4 * width);
     }
 }
 
@@ -198,7 +198,7 @@ void causal(uint16_t *out, float *stats, const uint16_t *query, const uint16_t *
                         put_queries(out + at, sums, count, width, heads * width, share);
                     }
             }
-        _tile_release();
+        tiles_release();
     }
 }
 
@@ -277,6 +277,6 @@ void causal_grad(uint16_t *dquery, uint16_t *dkeys, uint16_t *dvalues, const uin
                         to_bf16(dvalues + to, _mm512_load_ps(of_values + from));
                     }
             }
-        _tile_release();
+        tiles_release();
     }
 }

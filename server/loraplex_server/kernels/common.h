@@ -1,4 +1,4 @@
-// What the kernels share: bfloat16 to float32 and back, sixteen at a time, and AMX tiles of sixteen rows of 64 bytes.
+// What the kernels share: bfloat16 to float32 and back, sixteen at a time.
 
 #pragma once
 #include <immintrin.h>
@@ -16,25 +16,6 @@ static inline __m512 from_bf16(const uint16_t *at) {
 
 static inline void to_bf16(uint16_t *at, __m512 values) {
     _mm256_storeu_si256((__m256i *)at, (__m256i)_mm512_cvtneps_pbh(values));
-}
-
-// For sums (rows, width) += weights (rows, 32) times x^T: tiles 0 to 3 hold sums, 4 and 5 weights, and 6 and 7 x, in pairs
-// of inputs: (16 pairs, width tokens, 2).
-static inline void shape_tiles(int rows, int width) {
-    _Alignas(64) uint8_t shape[64] = {1};
-    for (int tile = 0; tile < 8; tile++) {
-        *(uint16_t *)(shape + 16 + 2 * tile) = tile == 4 || tile == 5 ? 64 : 4 * width;
-        shape[48 + tile] = tile < 6 ? rows : TILE;
-    }
-    __asm__ volatile("" : : "r"(shape) : "memory");  // gcc 12 believes that the next line reads only eight bytes
-    _tile_loadconfig(shape);
-}
-
-static inline void zero_sums(void) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
 }
 
 static inline __attribute__((always_inline)) void transpose(__m512i rows[TILE]) {

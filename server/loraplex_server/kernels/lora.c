@@ -1,33 +1,15 @@
-// scaling B (A x), each token with its own adapter, in AMX tiles: A and B lie as peft keeps them, row after row.
+// scaling B (A x), each token with its own adapter, in tiles.
 //
-// Knows slots, not adapters. First every run's h = scaling A x is made, rounded to bfloat16 as peft rounds A x; a tile of
+// Knows slots, not adapters. First every run's h is made, for each run (chunks, 16 pairs of ranks, 16 tokens, 2); a tile of
 // tokens then gets B h on top of its sums, run by run, with 0 for the tokens that are not the run's. So a token gets the
 // same bits whatever its neighbours, as long as no B holds a NaN or an infinity, which the engine does not let in. The
 // split into shrink and expand is Punica's, arXiv:2310.18547.
 
 #pragma once
-#include "common.h"
+#include "lora.h"
+#include "tiles.h"
 
 enum { RANKS = 8, SOON = 8 * DEPTH };  // ranks that a thread shrinks at a time; how far ahead it asks for A
-
-// Neighbouring tokens of one slot, in one tile of tokens.
-typedef struct { int32_t first, tokens, slot; } Run;
-
-// What a step adds to one layer: the runs, what the table holds by slot, and h, for each run (chunks, 16 pairs of ranks,
-// 16 tokens, 2).
-typedef struct {
-    const Run *runs;
-    long count;
-    const int64_t *a, *b;
-    const int32_t *ranks;
-    const float *scaling;
-    long chunks;  // of 32 ranks, in the highest rank of the table
-    uint16_t *h;
-} Lora;
-
-enum { CHUNK = TILE * DEPTH };  // values in a chunk of h
-
-static int chunks_of(const Lora *lora, long run) { return (lora->ranks[lora->runs[run].slot] + DEPTH - 1) / DEPTH; }
 
 // Some ranks of a run, at most RANKS of them: their rows of A, and where their h goes.
 typedef struct { const uint16_t *a; uint16_t *h; Run run; int ranks; } Part;
@@ -56,23 +38,23 @@ static void shrink(const Lora *lora, const Part *parts, int count, const uint16_
             for (int i = 0; i < count; i++)
                 for (int rank = 0; rank < parts->ranks; rank++)
                     _mm_prefetch(parts[i].a + rank * inputs + depth + SOON, _MM_HINT_T0);
-            _tile_loadd(6, x, 4 * width);
-            _tile_loadd(4, parts[0].a + depth, stride);
-            _tile_dpbf16ps(0, 4, 6);
+            tile_load(6, x, 4 * width);
+            tile_load(4, parts[0].a + depth, stride);
+            tile_product(0, 4, 6);
             if (count < 2) continue;
-            _tile_loadd(5, parts[1].a + depth, stride);
-            _tile_dpbf16ps(1, 5, 6);
+            tile_load(5, parts[1].a + depth, stride);
+            tile_product(1, 5, 6);
             if (count < 3) continue;
-            _tile_loadd(4, parts[2].a + depth, stride);
-            _tile_dpbf16ps(2, 4, 6);
+            tile_load(4, parts[2].a + depth, stride);
+            tile_product(2, 4, 6);
             if (count < 4) continue;
-            _tile_loadd(5, parts[3].a + depth, stride);
-            _tile_dpbf16ps(3, 5, 6);
+            tile_load(5, parts[3].a + depth, stride);
+            tile_product(3, 5, 6);
         }
-        _tile_stored(0, sums[0], 64);
-        _tile_stored(1, sums[1], 64);
-        _tile_stored(2, sums[2], 64);
-        _tile_stored(3, sums[3], 64);
+        tile_store(0, sums[0], 64);
+        tile_store(1, sums[1], 64);
+        tile_store(2, sums[2], 64);
+        tile_store(3, sums[3], 64);
     }
     for (int i = 0; i < count; i++) {
         Run run = parts[i].run;
@@ -145,15 +127,15 @@ static inline __attribute__((always_inline)) void expand(const Lora *lora, long 
             for (int row = 0; row < 2 * TILE; row++) _mm512_store_si512(last[row], _mm512_maskz_loadu_epi16(there, b + row * rank));
             from = last[0], stride = DEPTH;
         }
-        _tile_loadd(4, from, stride * 2);
-        _tile_loadd(5, from + TILE * stride, stride * 2);
-        _tile_loadd(6, lora->h + (i * lora->chunks + chunk) * CHUNK, 64);
+        tile_load(4, from, stride * 2);
+        tile_load(5, from + TILE * stride, stride * 2);
+        tile_load(6, lora->h + (i * lora->chunks + chunk) * CHUNK, 64);
         if (second) {
-            _tile_dpbf16ps(2, 4, 6);
-            _tile_dpbf16ps(3, 5, 6);
+            tile_product(2, 4, 6);
+            tile_product(3, 5, 6);
         } else {
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_dpbf16ps(1, 5, 6);
+            tile_product(0, 4, 6);
+            tile_product(1, 5, 6);
         }
     }
 }

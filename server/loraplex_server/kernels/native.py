@@ -1,7 +1,7 @@
-"""The C kernels for CPUs with AMX: built once with the machine's own compiler, then kept. Knows addresses, no models.
+"""The C kernels for CPUs with AMX or AVX-512 BF16: built once with the machine's own compiler, then kept. No models.
 
-Nothing needs them: without AMX or without a compiler the engine computes the same through torch and bitsandbytes, more
-slowly.
+Nothing needs them: on another CPU or without a compiler the engine computes the same through torch and bitsandbytes,
+more slowly.
 """
 
 import ctypes
@@ -21,8 +21,7 @@ from platformdirs import user_cache_path
 _HERE = Path(__file__).parent
 _SOURCES = (
     "init.c",
-    "lora.c",
-    "nf4.c",
+    "linear.c",
     "nf4_grad.c",
     "attention.c",
     "attention_grad.c",
@@ -30,10 +29,26 @@ _SOURCES = (
     "loss.c",
     "load.c",
 )
-_CPU_FLAGS = {"amx_tile", "amx_bf16", "avx512f", "avx512bw", "avx512vl", "avx512_bf16"}
 # OpenMP is left unresolved: it is found in the library that torch has loaded, so that both share one team of threads.
-_FEATURES = ("avx512f", "avx512bw", "avx512vl", "avx512bf16", "fma", "amx-tile", "amx-bf16")
-_COMPILE = ["-O3", "-std=gnu11", "-fPIC", "-fopenmp", *(f"-m{feature}" for feature in _FEATURES)]
+_COMPILE = ("-O3", "-std=gnu11", "-fPIC", "-fopenmp", "-mfma")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """The kernels for one kind of CPU."""
+
+    name: str
+    flags: tuple[str, ...]  # of the CPU, as Linux names them; as the compiler does, with - or nothing in place of _
+
+    @property
+    def compile(self) -> tuple[str, ...]:
+        """The compiler's options."""
+        features = (flag.replace("avx512_", "avx512").replace("_", "-") for flag in self.flags)
+        return (*_COMPILE, *(f"-m{feature}" for feature in features))
+
+
+_AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512_bf16")
+KINDS = (Kind("AMX", (*_AVX512, "amx_tile", "amx_bf16")), Kind("AVX-512", _AVX512))  # the faster first
 
 _P, _L, _F = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
 _LORA = [_P, _L, _P, _P, _P, _P, _L]
@@ -61,6 +76,7 @@ class Native:
 
     library: ctypes.CDLL | None
     why_not: str = ""
+    name: str = ""  # for people
 
     def __bool__(self) -> bool:
         return self.library is not None
@@ -72,23 +88,29 @@ class NoCompiler(FileNotFoundError):
 
 @cache
 def native() -> Native:
-    """The kernels of this machine, built if they were not yet (a few seconds)."""
-    if _CPU_FLAGS - _cpu_flags():
-        return Native(None, "this CPU has no AMX")
+    """The fastest kernels that this machine can run, built if they were not yet (a few seconds)."""
+    flags, found = _cpu_flags(), Native(None, "this CPU has no AVX-512 BF16")
+    for kind in KINDS:
+        if flags.issuperset(kind.flags) and (found := _loaded(kind)):
+            break
+    return found
+
+
+def _loaded(kind: Kind) -> Native:
     try:
-        library = ctypes.CDLL(str(_built()))
+        library = ctypes.CDLL(str(_built(kind)))
     except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
         said = getattr(error, "stderr", None) or str(error)
-        return Native(None, f"the AMX kernels cannot be had: {said.strip().splitlines()[0]}")
-    if library.request_amx():
+        return Native(None, f"the {kind.name} kernels cannot be had: {said.strip().splitlines()[0]}")
+    if library.request_tiles():
         return Native(None, "the system does not let this process use AMX")
     for name, arguments in _ARGUMENTS.items():
         function = getattr(library, name)
         function.argtypes, function.restype = arguments, _RESULTS.get(name)
-    return Native(library)
+    return Native(library, name=f"{kind.name} kernels")
 
 
-def build(into: Path) -> Path:
+def build(kind: Kind, into: Path) -> Path:
     """Compile the kernels into a folder; what is there under the name of the same sources is left as it is.
 
     Raises:
@@ -96,7 +118,7 @@ def build(into: Path) -> Path:
         OSError: the folder cannot be written.
         subprocess.CalledProcessError: it refused; ``stderr`` says why.
     """
-    built = into / _name()
+    built = into / _name(kind)
     if built.exists():
         return built
     compiler = shutil.which("gcc") or shutil.which("cc")
@@ -106,7 +128,7 @@ def build(into: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=into) as folder:
         whole, compiled, linked = (Path(folder) / name for name in ("kernels.c", "kernels.o", "kernels.so"))
         whole.write_text("".join(f'#include "{_HERE / name}"\n' for name in _SOURCES))
-        for command in ([*_COMPILE, "-c", whole, "-o", compiled], ["-shared", compiled, "-lm", "-o", linked]):
+        for command in ([*kind.compile, "-c", whole, "-o", compiled], ["-shared", compiled, "-lm", "-o", linked]):
             subprocess.run([compiler, *command], check=True, capture_output=True, text=True)
         linked.replace(built)  # whoever builds at the same time builds the same
     return built
@@ -117,18 +139,18 @@ def addresses(*tensors: torch.Tensor | None) -> list[int]:
     return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
-def _built() -> Path:
+def _built(kind: Kind) -> Path:
     """Beside the sources, where an image's build leaves it, or in the user's cache."""
-    beside = _HERE / _name()
+    beside = _HERE / _name(kind)
     if beside.exists():
         return beside
-    return build(user_cache_path("loraplex") / "kernels")  # RuntimeError: the user has no home
+    return build(kind, user_cache_path("loraplex") / "kernels")  # RuntimeError: the user has no home
 
 
-def _name() -> str:
-    digest = hashlib.sha256(" ".join(_COMPILE).encode())
-    for name in ("common.h", *_SOURCES):
-        digest.update((_HERE / name).read_bytes())
+def _name(kind: Kind) -> str:
+    digest = hashlib.sha256(" ".join(kind.compile).encode())
+    for source in sorted(_HERE.glob("*.[ch]")):
+        digest.update(source.read_bytes())
     return f"loraplex-{digest.hexdigest()[:16]}.so"
 
 
@@ -146,7 +168,7 @@ def build_for_image() -> tuple[int, str]:
     if platform.machine() not in ("x86_64", "AMD64"):
         return 0, f"no kernels were built: they are for x86-64, and this is {platform.machine()}"
     try:
-        return 0, str(build(_HERE))
+        return 0, "\n".join(str(build(kind, _HERE)) for kind in KINDS)
     except NoCompiler as error:
         return 0, f"no kernels were built: {error}"
     except subprocess.CalledProcessError as error:

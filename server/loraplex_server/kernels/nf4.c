@@ -1,23 +1,14 @@
-// y = x W^T for a weight in 4-bit NormalFloat, and what adapters add to it, on a CPU with AMX: the weight is read once, as
-// 4 bits, however many rows x has.
+// y = x W^T for a weight in 4-bit NormalFloat, and what adapters add to it, in tiles: the weight is read once, as 4 bits,
+// however many rows x has.
 //
-// Knows the layout that engine/quantized.py packs: for each tile of 16 outputs, for each block of 64 inputs, 16 scales and
-// 16 x 32 bytes of codes. Byte j of an output has the codes of input j (low four bits) and of input 32 + j. A weight is its
-// code's value times its block's scale, rounded to bfloat16: what bitsandbytes dequantizes to. Outputs are the rows of the
-// products, so that a row of weights is one look-up, and tokens are the columns; a token's result is the same bits whatever
-// other tokens there are.
+// Outputs are the rows of the products, so that a row of weights is one look-up, and tokens are the columns; a token's result
+// is the same bits whatever other tokens there are.
 
 #pragma once
 #include "lora.c"
+#include "nf4.h"
 
-enum { BLOCK = 64, CODE_BYTES = TILE * BLOCK / 2, PANEL = 2 * TILE * BLOCK, AHEAD = 8, X_BYTES = 1 << 20 };
-
-typedef struct {
-    const uint8_t *codes;  // NULL: there is no weight, only adapters
-    const float *scales;
-    const float *book;  // what the codes 0 to 15 stand for
-    long blocks;
-} Weight;
+enum { PANEL = 2 * TILE * BLOCK, X_BYTES = 1 << 20 };
 
 // A block of 32 outputs as bfloat16: (2 tiles of outputs, 2 halves of the inputs, 16 outputs, 32 inputs).
 static inline __attribute__((always_inline)) void unpack(uint16_t *panel, const Weight *weight, long tile, long block, __m512 book) {
@@ -26,11 +17,9 @@ static inline __attribute__((always_inline)) void unpack(uint16_t *panel, const 
         const float *scales = weight->scales + ((tile + second) * weight->blocks + block) * TILE;
         for (int line = 0; line < CODE_BYTES; line += 64) _mm_prefetch(codes + AHEAD * CODE_BYTES + line, _MM_HINT_T0);
         for (int row = 0; row < TILE; row++) {
-            __m512 values = _mm512_mul_ps(book, _mm512_set1_ps(scales[row]));
-            __m512i table = (__m512i)_mm512_cvtne2ps_pbh(values, values);  // twice: vpermw looks at five bits of an index
-            __m512i index = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(codes + row * 32)));
-            _mm512_store_si512(panel + row * DEPTH, _mm512_permutexvar_epi16(index, table));
-            _mm512_store_si512(panel + (TILE + row) * DEPTH, _mm512_permutexvar_epi16(_mm512_srli_epi16(index, 4), table));
+            Values values = values_of(codes + row * 32, scales[row], book);
+            _mm512_store_si512(panel + row * DEPTH, values.low);
+            _mm512_store_si512(panel + (TILE + row) * DEPTH, values.high);
         }
     }
 }
@@ -49,15 +38,15 @@ static inline __attribute__((always_inline)) void multiply(int two, int fresh, i
         if (fresh) ask(soon);
         if (fresh && block + 1 < weight->blocks) unpack(panel + ((block + 1) & places) * PANEL, weight, tile, block + 1, book);
         for (int half = 0; half < 2; half++, at += PANEL / 4, x += step) {
-            _tile_loadd(4, at, 64);
-            _tile_loadd(5, at + PANEL / 2, 64);
-            _tile_loadd(6, x, 4 * width);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_dpbf16ps(1, 5, 6);
+            tile_load(4, at, 64);
+            tile_load(5, at + PANEL / 2, 64);
+            tile_load(6, x, 4 * width);
+            tile_product(0, 4, 6);
+            tile_product(1, 5, 6);
             if (!two) continue;
-            _tile_loadd(7, x + next, 4 * width);
-            _tile_dpbf16ps(2, 4, 7);
-            _tile_dpbf16ps(3, 5, 7);
+            tile_load(7, x + next, 4 * width);
+            tile_product(2, 4, 7);
+            tile_product(3, 5, 7);
         }
     }
 }
@@ -136,13 +125,13 @@ static void linear(uint16_t *out, const uint16_t *x, Weight weight, const uint16
                         if (j < end) expand(&lora, j++, at, outputs, 1);
                     }
                     i = end;
-                    _tile_stored(0, sums[0], 64);
-                    _tile_stored(1, sums[1], 64);
+                    tile_store(0, sums[0], 64);
+                    tile_store(1, sums[1], 64);
                     uint16_t *to = out + (first + row) * outputs + at;
                     finish(to, sums[0], two ? TILE : now - row, outputs, bias ? bias + at : NULL, !weight.codes);
                     if (two) {
-                        _tile_stored(2, sums[2], 64);
-                        _tile_stored(3, sums[3], 64);
+                        tile_store(2, sums[2], 64);
+                        tile_store(3, sums[3], 64);
                         to += TILE * outputs;
                         finish(to, sums[2], now - row < 2 * TILE ? now - row - TILE : TILE, outputs, bias ? bias + at : NULL, !weight.codes);
                     }
@@ -153,22 +142,6 @@ static void linear(uint16_t *out, const uint16_t *x, Weight weight, const uint16
 #pragma omp barrier
             }
         }
-        _tile_release();
+        tiles_release();
     }
-}
-
-// out (rows, outputs) bfloat16 = x (rows, inputs) bfloat16 times the packed weight, plus bias (outputs) or NULL, plus
-// what adapters add. inputs: a multiple of 64; outputs: of 32. most_rank: the highest rank in the table.
-void nf4_linear(uint16_t *out, const uint16_t *x, const uint8_t *codes, const float *scales, const uint16_t *bias, const float *book,
-                long rows, long inputs, long outputs, const Run *runs, long count, const int64_t *a, const int64_t *b,
-                const int32_t *ranks, const float *scaling, long most_rank) {
-    linear(out, x, (Weight){codes, scales, book, inputs / BLOCK}, bias, rows, inputs, outputs,
-           (Lora){runs, count, a, b, ranks, scaling, (most_rank + DEPTH - 1) / DEPTH, NULL});
-}
-
-// out (rows, outputs) bfloat16 += what the slots of x (rows, inputs) bfloat16 add. Both: multiples of 32.
-void lora_add(uint16_t *out, const uint16_t *x, long rows, long inputs, long outputs, const Run *runs, long count,
-              const int64_t *a, const int64_t *b, const int32_t *ranks, const float *scaling, long most_rank) {
-    linear(out, x, (Weight){NULL, NULL, (const float[TILE]){0}, 0}, NULL, rows, inputs, outputs,
-           (Lora){runs, count, a, b, ranks, scaling, (most_rank + DEPTH - 1) / DEPTH, NULL});
 }

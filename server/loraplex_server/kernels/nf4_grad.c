@@ -1,16 +1,13 @@
-// dx = dy W for a weight in 4-bit NormalFloat, as nf4.c knows it: what a frozen layer hands back when adapters are trained.
+// dx = dy W for a weight in 4-bit NormalFloat, as nf4.h knows it: what a frozen layer hands back when adapters are trained.
 //
 // Tokens are the rows of the products, so that dy lies as it is needed and the sums as they are wanted. Weights are unpacked
 // in pairs of outputs, over which the products run: many outputs of 64 inputs at a time, which many tokens then share.
 
-#include "nf4.c"
+#include "nf4.h"
+#include "tiles.h"
 
 enum { PAIRS = TILE * DEPTH, GROUPS = BLOCK / TILE, STEP = GROUPS * PAIRS };  // values: of a tile of pairs; of 32 outputs
-enum { PAIRS_AT_ONCE = 72 };                                                   // 2,304 outputs, of which 64 inputs are 288 KiB
-
-static inline __attribute__((always_inline)) __m512i values_of(__m512i index, __m512i table, int high) {
-    return _mm512_permutexvar_epi16(high ? _mm512_srli_epi16(index, 4) : index, table);
-}
+enum { PAIRS_AT_ONCE = 72, DY_BYTES = 1 << 20 };                               // 2,304 outputs, of which 64 inputs are 288 KiB
 
 // 32 outputs and 64 inputs as bfloat16: (4 groups of inputs, 16 pairs of outputs, 16 inputs, 2).
 static inline void unpack_pairs(uint16_t *panel, const Weight *weight, long tile, long block, __m512 book) {
@@ -20,18 +17,14 @@ static inline void unpack_pairs(uint16_t *panel, const Weight *weight, long tile
     __m512i first = _mm512_load_si512(order[0]), second = _mm512_load_si512(order[1]);
     for (int row = 0; row < 2 * TILE; row += 2) {
         long place = (tile + row / TILE) * weight->blocks + block;
-        __m512i index[2], table[2];
-        for (int n = 0; n < 2; n++) {
-            __m512 values = _mm512_mul_ps(book, _mm512_set1_ps(weight->scales[place * TILE + row % TILE + n]));
-            table[n] = (__m512i)_mm512_cvtne2ps_pbh(values, values);
-            index[n] = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(weight->codes + place * CODE_BYTES + (row % TILE + n) * 32)));
-        }
+        Values of[2];
+        for (int n = 0; n < 2; n++)
+            of[n] = values_of(weight->codes + place * CODE_BYTES + (row % TILE + n) * 32, weight->scales[place * TILE + row % TILE + n], book);
         uint16_t *to = panel + row / 2 * 2 * TILE;
-        for (int half = 0; half < 2; half++, to += 2 * PAIRS) {
-            __m512i even = values_of(index[0], table[0], half), odd = values_of(index[1], table[1], half);
-            _mm512_store_si512(to, _mm512_permutex2var_epi16(even, first, odd));
-            _mm512_store_si512(to + PAIRS, _mm512_permutex2var_epi16(even, second, odd));
-        }
+        _mm512_store_si512(to, _mm512_permutex2var_epi16(of[0].low, first, of[1].low));
+        _mm512_store_si512(to + PAIRS, _mm512_permutex2var_epi16(of[0].low, second, of[1].low));
+        _mm512_store_si512(to + 2 * PAIRS, _mm512_permutex2var_epi16(of[0].high, first, of[1].high));
+        _mm512_store_si512(to + 3 * PAIRS, _mm512_permutex2var_epi16(of[0].high, second, of[1].high));
     }
 }
 
@@ -84,7 +77,7 @@ void nf4_grad(uint16_t *dx, const uint16_t *dy, const uint8_t *codes, const floa
     Weight weight = {codes, scales, book, inputs / BLOCK};
     Given given = {dy, dh, outputs, ranks};
     long pairs = (outputs + ranks) / DEPTH, parts = (pairs + PAIRS_AT_ONCE - 1) / PAIRS_AT_ONCE, each = (pairs + parts - 1) / parts;
-    long most = X_BYTES / (each * DEPTH * 2) / (2 * TILE) * (2 * TILE);
+    long most = DY_BYTES / (each * DEPTH * 2) / (2 * TILE) * (2 * TILE);
     most = most > rows ? (rows + 2 * TILE - 1) / (2 * TILE) * (2 * TILE) : most;
     uint16_t *tiled = scratch(&tiled_scratch, most * each * DEPTH * 2);
     float *between = scratch(&between_scratch, parts > 1 ? most * inputs * 4 : 0);
@@ -112,32 +105,32 @@ void nf4_grad(uint16_t *dx, const uint16_t *dy, const uint8_t *codes, const floa
                             const uint16_t *upper = tiled + row / TILE * count * PAIRS, *lower = now - row > TILE ? upper + count * PAIRS : upper;
                             float *sums = between + row * inputs + (block * BLOCK + group * TILE) * 2 * TILE;  // (4 tiles, 16, 16)
                             if (begin) {
-                                _tile_loadd(0, sums, 64);
-                                _tile_loadd(1, sums + TILE * TILE, 64);
-                                _tile_loadd(2, sums + 2 * TILE * TILE, 64);
-                                _tile_loadd(3, sums + 3 * TILE * TILE, 64);
+                                tile_load(0, sums, 64);
+                                tile_load(1, sums + TILE * TILE, 64);
+                                tile_load(2, sums + 2 * TILE * TILE, 64);
+                                tile_load(3, sums + 3 * TILE * TILE, 64);
                             } else zero_sums();
                             for (long pair = 0; pair < count; pair++) {
-                                _tile_loadd(4, upper + pair * PAIRS, 64);
-                                _tile_loadd(5, lower + pair * PAIRS, 64);
-                                _tile_loadd(6, panel + pair * STEP + group * PAIRS, 64);
-                                _tile_loadd(7, panel + pair * STEP + (group + 1) * PAIRS, 64);
-                                _tile_dpbf16ps(0, 4, 6);
-                                _tile_dpbf16ps(1, 4, 7);
-                                _tile_dpbf16ps(2, 5, 6);
-                                _tile_dpbf16ps(3, 5, 7);
+                                tile_load(4, upper + pair * PAIRS, 64);
+                                tile_load(5, lower + pair * PAIRS, 64);
+                                tile_load(6, panel + pair * STEP + group * PAIRS, 64);
+                                tile_load(7, panel + pair * STEP + (group + 1) * PAIRS, 64);
+                                tile_product(0, 4, 6);
+                                tile_product(1, 4, 7);
+                                tile_product(2, 5, 6);
+                                tile_product(3, 5, 7);
                             }
                             if (end == pairs) sums = last[0];
-                            _tile_stored(0, sums, 64);
-                            _tile_stored(1, sums + TILE * TILE, 64);
-                            _tile_stored(2, sums + 2 * TILE * TILE, 64);
-                            _tile_stored(3, sums + 3 * TILE * TILE, 64);
+                            tile_store(0, sums, 64);
+                            tile_store(1, sums + TILE * TILE, 64);
+                            tile_store(2, sums + 2 * TILE * TILE, 64);
+                            tile_store(3, sums + 3 * TILE * TILE, 64);
                             long here = now - row < 2 * TILE ? now - row : 2 * TILE;
                             if (end == pairs) put(dx + (first + row) * inputs + block * BLOCK + group * TILE, last, here, inputs);
                         }
                 }
             }
         }
-        _tile_release();
+        tiles_release();
     }
 }

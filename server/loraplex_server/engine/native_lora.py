@@ -9,7 +9,7 @@ from loraplex_server.engine.lora_table import LoraTable
 from loraplex_server.kernels.native import addresses, native
 
 
-class AmxLora:
+class NativeLora:
     """In bfloat16, as the base's activations are."""
 
     dtype = torch.bfloat16
