@@ -51,6 +51,14 @@ class PeftAlone:
         self.model.set_adapter(adapter, inference_mode=True)
         return self.model(input_ids=torch.tensor([ids])).logits[0, -1]
 
+    def exact_logits(self, ids: list[int], adapter: str | None) -> torch.Tensor:
+        """The same of the model in float64."""
+        self.model.double()
+        try:
+            return self.logits(ids, adapter)
+        finally:
+            self.model.float()  # no value is lost on the way there and back
+
     def _generate(self, prompt_ids: list[int], max_tokens: int) -> list[int]:
         ids = torch.tensor([prompt_ids])
         mask = torch.ones_like(ids)

@@ -118,7 +118,14 @@ def test_every_family_equals_peft(family, config):
     longest = len(engine.base.tokenizer(PROMPTS[-1]).input_ids)
     for ids, adapter, logits in (one for one in seen if len(one[0]) in (longest, longest + GREEDY.max_tokens - 1)):
         reference = family.alone.logits(ids, adapter)
-        torch.testing.assert_close(logits, reference, rtol=0, atol=1e-4 * float(reference.abs().max()))
+        if farthest(logits, reference) > 1e-4:  # a prompt may amplify a rounding: then no farther from float64 than peft
+            exact = family.alone.exact_logits(ids, adapter).float()
+            assert farthest(logits, exact) <= farthest(reference, exact) < 1e-3
+
+
+def farthest(logits, others) -> float:
+    """The largest difference, to the largest logit."""
+    return float((logits - others).abs().max() / others.abs().max())
 
 
 def test_every_family_equals_peft_while_adapters_come_and_go(family):
