@@ -33,8 +33,8 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     fi \
     && wheel="$(echo /wheels/loraplex-*.whl)" \
     && /opt/loraplex/bin/pip install --constraint /constraints.txt "${wheel}[serve,signing]"
-# The kernels for CPUs with AMX, left beside their sources; the compiler stays behind in this stage. The machine that
-# builds needs no AMX, and on another architecture than x86-64 there are none. Any gcc from 11 on will do.
+# The kernels for CPUs with AMX or AVX-512, left beside their sources; the compiler stays behind in this stage. The machine
+# that builds needs neither, and on another architecture than x86-64 there are none. Any gcc from 11 on will do.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends gcc libc6-dev \

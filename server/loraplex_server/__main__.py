@@ -50,7 +50,9 @@ def _option(name: str, default: Any = None, **more: Any) -> Any:
 @_option("--no-prefix-cache", is_flag=True, help="Compute every prompt whole, even where one began alike before.")
 @_option("--no-golden-check", is_flag=True, help="Do not ask adapters the golden prompts of their receipts.")
 @_option("--adapter-weight", multiple=True, metavar="NAME=NUMBER", help="Its share beside the others' 1; repeatable.")
-@_option("--lean", is_flag=True, help="On a CPU without AMX, keep 4-bit weights once, not twice; slow with many rows.")
+@_option(
+    "--lean", is_flag=True, help="On a CPU without kernels, keep 4-bit weights once, not twice; slow with many rows."
+)
 @_option("--no-kernels", is_flag=True, help="Compute by torch, bitsandbytes and peft alone, which is slower.")
 @_option("--no-cuda-graphs", is_flag=True, help="On a CUDA device, run every step eagerly.")
 @_option(

@@ -118,7 +118,7 @@ def test_every_family_equals_peft(family, config):
     longest = len(engine.base.tokenizer(PROMPTS[-1]).input_ids)
     for ids, adapter, logits in (one for one in seen if len(one[0]) in (longest, longest + GREEDY.max_tokens - 1)):
         reference = family.alone.logits(ids, adapter)
-        if farthest(logits, reference) > 1e-4:  # a prompt may amplify a rounding: then no farther from float64 than peft
+        if farthest(logits, reference) > 1e-4:  # some prompts amplify a rounding: no farther from float64 than peft
             exact = family.alone.exact_logits(ids, adapter).float()
             assert farthest(logits, exact) <= farthest(reference, exact) < 1e-3
 

@@ -16,12 +16,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from loraplex_registry.tensors import read_header
-from loraplex_server.engine.native_lora import NativeLora
 from loraplex_server.engine.engine import Engine
 from loraplex_server.engine.errors import AdapterRefused
 from loraplex_server.engine.lora import Along, Segment
 from loraplex_server.engine.lora_table import LoraTable
 from loraplex_server.engine.model import load_base
+from loraplex_server.engine.native_lora import NativeLora
 from loraplex_server.kernels import native as module
 from loraplex_server.kernels.native import KINDS, Native, addresses, build, native
 

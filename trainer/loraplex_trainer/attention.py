@@ -1,4 +1,4 @@
-"""Attention of a layer that is trained on a CPU with AMX: the rotation, the scores and what both hand back, by kernels.
+"""Attention of a layer that is trained on a CPU: the rotation, the scores and what both hand back, by kernels.
 
 Rows see what transformers' mask lets them see, packed examples only themselves. What is not of that kind goes the
 layer's own way, as everything does without kernels: the reference that this is tested against.

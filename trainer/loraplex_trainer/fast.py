@@ -1,4 +1,4 @@
-"""Training on a CPU with AMX: 4-bit layers that hand gradients back by kernels, and the adapters' part beside them.
+"""Training on a CPU by kernels: 4-bit layers that hand gradients back by kernels, and the adapters' part beside them.
 
 Without kernels, and for adapters that are more than two matrices, peft's own layers compute the same, more slowly: the
 reference that this is tested against. Knows layers, not data or steps.

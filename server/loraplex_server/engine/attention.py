@@ -171,7 +171,7 @@ def attend_by_kernel(
     block: Block,  # of single tokens
     scaling: float | None,
 ) -> None:
-    """`attend` for single tokens, in bfloat16 on a CPU with AMX: nothing is gathered and nothing padded."""
+    """`attend` for single tokens, in bfloat16 on a CPU with kernels: nothing is gathered and nothing padded."""
     rows, most = block.slots.shape
     _, heads, width = query.shape
     native().library.attend(  # pyright: ignore[reportOptionalMemberAccess]

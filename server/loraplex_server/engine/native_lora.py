@@ -1,4 +1,4 @@
-"""Adds many adapters' LoRA products to a layer's output on a CPU with AMX, by kernels/lora.c. See lora.LoraKernel."""
+"""Adds many adapters' LoRA products to a layer's output on a CPU, by kernels/linear.c. See lora.LoraKernel."""
 
 from typing import Any
 

@@ -1,7 +1,7 @@
 """How a 4-bit layer multiplies on a CPU, in the fastest way that this machine and the layer allow.
 
-With AMX and a compiler: our kernel, which reads 4 bits a weight however many rows there are. Else, with AVX-512 BF16,
-bitsandbytes' fused kernel for few rows, and dequantized and dense for many. On other devices bitsandbytes chooses by
+With AMX or AVX-512 BF16, and a compiler: our kernel, which reads 4 bits a weight however many rows there are. Without a
+compiler bitsandbytes' fused kernel for few rows, and dequantized and dense for many. On other devices bitsandbytes chooses by
 itself. Knows layers and rows.
 """
 
@@ -35,7 +35,7 @@ def choose_kernels(model: torch.nn.Module, ours: bool = True, lean: bool = False
         if getattr(weight.quant_state, "packing_format_for_cpu", False):
             continue
         if library and fits(layer, weight.quant_state):
-            layer.forward = _by_tiles(layer, weight)
+            layer.forward = _by_kernel(layer, weight)
         elif has_avx512bf16() and not lean:
             layer.forward = _by_rows(layer, weight, layer.forward)
 
@@ -46,7 +46,7 @@ def fits(layer: Linear4bit, state: Any) -> bool:
     return layer.compute_dtype == torch.bfloat16 and state.blocksize == 64 and (inputs % 64, outputs % 32) == (0, 0)
 
 
-def _by_tiles(layer: Linear4bit, weight: Params4bit) -> Callable[..., torch.Tensor]:
+def _by_kernel(layer: Linear4bit, weight: Params4bit) -> Callable[..., torch.Tensor]:
     """Our kernel; the weight is kept as it reads it, and no longer as bitsandbytes does."""
     state: Any = weight.quant_state
     outputs, inputs = state.shape

@@ -48,7 +48,7 @@ def make_runner(
     """The fastest runner that is right for this model; ``paged`` False asks for the slow reference.
 
     Decode steps of up to ``graph_rows`` rows, of up to ``max_tokens`` tokens each, go by CUDA graphs where they can;
-    those with adapters too, if ``routes`` can tell their slots. ``kernels``: use ours for a CPU with AMX.
+    those with adapters too, if ``routes`` can tell their slots. ``kernels``: use ours for CPUs.
 
     Raises:
         BaseUnusable: the model does not go on from its own cache.

@@ -65,43 +65,14 @@ static void pairs_of_rows(uint16_t *to, const uint16_t *from, long count, long w
 // sums (32 rows, 32 columns) float32 = left times right. left: rows with `stride` values between them. right: of each 32 of
 // the depth, at `step` values, two groups of columns as (16 pairs, 16, 2), `apart` values from each other, `line` a pair.
 static inline void square(float *sums, const uint16_t *left, long stride, const uint16_t *right, long step, long apart, long line, long depth) {
-    zero_sums();
-    for (long d = 0; d < depth; d += DEPTH, right += step) {
-        tile_load(4, left + d, stride * 2);
-        tile_load(5, left + TILE * stride + d, stride * 2);
-        tile_load(6, right, line * 2);
-        tile_load(7, right + apart, line * 2);
-        tile_product(0, 4, 6);
-        tile_product(1, 4, 7);
-        tile_product(2, 5, 6);
-        tile_product(3, 5, 7);
-    }
-    tile_store(0, sums, 4 * SIDE);
-    tile_store(1, sums + TILE, 4 * SIDE);
-    tile_store(2, sums + TILE * SIDE, 4 * SIDE);
-    tile_store(3, sums + TILE * SIDE + TILE, 4 * SIDE);
+    add_block(sums, NULL, (Places){TILE, TILE * SIDE, SIDE}, (Sides){left, left + TILE * stride, stride, DEPTH}, (Sides){right, right + apart, line, step}, depth / DEPTH);
 }
 
 // sums (32 rows, width) float32 += left (32, 32) times right, for each 16 of the width (16 pairs, 16, 2).
 static inline void add_products(float *sums, const uint16_t *left, const uint16_t *right, long width) {
-    tile_load(4, left, 2 * SIDE);
-    tile_load(5, left + TILE * SIDE, 2 * SIDE);
-    for (long d = 0; d < width; d += SIDE, sums += SIDE, right += SQUARE) {
-        tile_load(0, sums, 4 * width);
-        tile_load(1, sums + TILE, 4 * width);
-        tile_load(2, sums + TILE * width, 4 * width);
-        tile_load(3, sums + TILE * width + TILE, 4 * width);
-        tile_load(6, right, 64);
-        tile_load(7, right + SQUARE / 2, 64);
-        tile_product(0, 4, 6);
-        tile_product(1, 4, 7);
-        tile_product(2, 5, 6);
-        tile_product(3, 5, 7);
-        tile_store(0, sums, 4 * width);
-        tile_store(1, sums + TILE, 4 * width);
-        tile_store(2, sums + TILE * width, 4 * width);
-        tile_store(3, sums + TILE * width + TILE, 4 * width);
-    }
+    Places places = {TILE, TILE * width, width};
+    for (long d = 0; d < width; d += SIDE, sums += SIDE, right += SQUARE)
+        add_block(sums, sums, places, (Sides){left, left + TILE * SIDE, SIDE, 0}, (Sides){right, right + SQUARE / 2, DEPTH, 0}, 1);
 }
 
 // Which of 16 queries see a key.
@@ -156,7 +127,7 @@ void causal(uint16_t *out, float *stats, const uint16_t *query, const uint16_t *
         uint16_t *own_keys = scratch(&kept, padded * width * 4 + SIDE * width * 2 + padded * SIDE * 6 + SIDE * width * 4);
         uint16_t *turned = own_keys + padded * width, *asked = turned + padded * width, *weights = asked + SIDE * width;
         float *scores = (float *)(weights + padded * SIDE), *sums = scores + padded * SIDE;
-        shape_tiles(TILE, TILE);
+        begin_blocks();
 #pragma omp for schedule(static) collapse(2)
         for (long row = 0; row < rows; row++)
             for (long kv = 0; kv < kv_heads; kv++) {
@@ -198,7 +169,7 @@ void causal(uint16_t *out, float *stats, const uint16_t *query, const uint16_t *
                         put_queries(out + at, sums, count, width, heads * width, share);
                     }
             }
-        tiles_release();
+        end_blocks();
     }
 }
 
@@ -218,7 +189,7 @@ void causal_grad(uint16_t *dquery, uint16_t *dkeys, uint16_t *dvalues, const uin
         _Alignas(64) float scores[SQUARE], onward[SQUARE], dots[SIDE];
         _Alignas(64) uint16_t weights[SQUARE], changes[SQUARE];  // (keys, queries)
         __m512 by = _mm512_set1_ps(scale);
-        shape_tiles(TILE, TILE);
+        begin_blocks();
 #pragma omp for schedule(static) collapse(2)
         for (long row = 0; row < rows; row++)
             for (long kv = 0; kv < kv_heads; kv++) {
@@ -277,6 +248,6 @@ void causal_grad(uint16_t *dquery, uint16_t *dkeys, uint16_t *dvalues, const uin
                         to_bf16(dvalues + to, _mm512_load_ps(of_values + from));
                     }
             }
-        tiles_release();
+        end_blocks();
     }
 }

@@ -9,7 +9,7 @@
 #include "nf4.h"
 
 enum { SIDE4 = 4 };                            // outputs, and tokens, that are multiplied with each other: 16 sums
-enum { DEEP = 16 * BLOCK, X_NEAR = 1 << 19 };  // inputs unpacked at a time: they stay in the first cache; bytes of x, in the second
+enum { DEEP = 32 * BLOCK, X_NEAR = 3 << 18 };  // inputs unpacked at a time, which stay in the first cache; bytes of x, in the second
 
 // The sum of each of sixteen vectors, in their order.
 static inline __attribute__((always_inline)) __m512 sums_of(const __m512 of[TILE]) {

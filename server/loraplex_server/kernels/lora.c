@@ -38,23 +38,23 @@ static void shrink(const Lora *lora, const Part *parts, int count, const uint16_
             for (int i = 0; i < count; i++)
                 for (int rank = 0; rank < parts->ranks; rank++)
                     _mm_prefetch(parts[i].a + rank * inputs + depth + SOON, _MM_HINT_T0);
-            tile_load(6, x, 4 * width);
-            tile_load(4, parts[0].a + depth, stride);
-            tile_product(0, 4, 6);
+            _tile_loadd(6, x, 4 * width);
+            _tile_loadd(4, parts[0].a + depth, stride);
+            _tile_dpbf16ps(0, 4, 6);
             if (count < 2) continue;
-            tile_load(5, parts[1].a + depth, stride);
-            tile_product(1, 5, 6);
+            _tile_loadd(5, parts[1].a + depth, stride);
+            _tile_dpbf16ps(1, 5, 6);
             if (count < 3) continue;
-            tile_load(4, parts[2].a + depth, stride);
-            tile_product(2, 4, 6);
+            _tile_loadd(4, parts[2].a + depth, stride);
+            _tile_dpbf16ps(2, 4, 6);
             if (count < 4) continue;
-            tile_load(5, parts[3].a + depth, stride);
-            tile_product(3, 5, 6);
+            _tile_loadd(5, parts[3].a + depth, stride);
+            _tile_dpbf16ps(3, 5, 6);
         }
-        tile_store(0, sums[0], 64);
-        tile_store(1, sums[1], 64);
-        tile_store(2, sums[2], 64);
-        tile_store(3, sums[3], 64);
+        _tile_stored(0, sums[0], 64);
+        _tile_stored(1, sums[1], 64);
+        _tile_stored(2, sums[2], 64);
+        _tile_stored(3, sums[3], 64);
     }
     for (int i = 0; i < count; i++) {
         Run run = parts[i].run;
@@ -127,15 +127,15 @@ static inline __attribute__((always_inline)) void expand(const Lora *lora, long 
             for (int row = 0; row < 2 * TILE; row++) _mm512_store_si512(last[row], _mm512_maskz_loadu_epi16(there, b + row * rank));
             from = last[0], stride = DEPTH;
         }
-        tile_load(4, from, stride * 2);
-        tile_load(5, from + TILE * stride, stride * 2);
-        tile_load(6, lora->h + (i * lora->chunks + chunk) * CHUNK, 64);
+        _tile_loadd(4, from, stride * 2);
+        _tile_loadd(5, from + TILE * stride, stride * 2);
+        _tile_loadd(6, lora->h + (i * lora->chunks + chunk) * CHUNK, 64);
         if (second) {
-            tile_product(2, 4, 6);
-            tile_product(3, 5, 6);
+            _tile_dpbf16ps(2, 4, 6);
+            _tile_dpbf16ps(3, 5, 6);
         } else {
-            tile_product(0, 4, 6);
-            tile_product(1, 5, 6);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(1, 5, 6);
         }
     }
 }

@@ -38,15 +38,15 @@ static inline __attribute__((always_inline)) void multiply(int two, int fresh, i
         if (fresh) ask(soon);
         if (fresh && block + 1 < weight->blocks) unpack(panel + ((block + 1) & places) * PANEL, weight, tile, block + 1, book);
         for (int half = 0; half < 2; half++, at += PANEL / 4, x += step) {
-            tile_load(4, at, 64);
-            tile_load(5, at + PANEL / 2, 64);
-            tile_load(6, x, 4 * width);
-            tile_product(0, 4, 6);
-            tile_product(1, 5, 6);
+            _tile_loadd(4, at, 64);
+            _tile_loadd(5, at + PANEL / 2, 64);
+            _tile_loadd(6, x, 4 * width);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(1, 5, 6);
             if (!two) continue;
-            tile_load(7, x + next, 4 * width);
-            tile_product(2, 4, 7);
-            tile_product(3, 5, 7);
+            _tile_loadd(7, x + next, 4 * width);
+            _tile_dpbf16ps(2, 4, 7);
+            _tile_dpbf16ps(3, 5, 7);
         }
     }
 }
@@ -125,13 +125,13 @@ static void linear(uint16_t *out, const uint16_t *x, Weight weight, const uint16
                         if (j < end) expand(&lora, j++, at, outputs, 1);
                     }
                     i = end;
-                    tile_store(0, sums[0], 64);
-                    tile_store(1, sums[1], 64);
+                    _tile_stored(0, sums[0], 64);
+                    _tile_stored(1, sums[1], 64);
                     uint16_t *to = out + (first + row) * outputs + at;
                     finish(to, sums[0], two ? TILE : now - row, outputs, bias ? bias + at : NULL, !weight.codes);
                     if (two) {
-                        tile_store(2, sums[2], 64);
-                        tile_store(3, sums[3], 64);
+                        _tile_stored(2, sums[2], 64);
+                        _tile_stored(3, sums[3], 64);
                         to += TILE * outputs;
                         finish(to, sums[2], now - row < 2 * TILE ? now - row - TILE : TILE, outputs, bias ? bias + at : NULL, !weight.codes);
                     }
@@ -142,6 +142,6 @@ static void linear(uint16_t *out, const uint16_t *x, Weight weight, const uint16
 #pragma omp barrier
             }
         }
-        tiles_release();
+        _tile_release();
     }
 }

@@ -87,12 +87,12 @@ void nf4_grad(uint16_t *dx, const uint16_t *dy, const uint8_t *codes, const floa
         _Alignas(64) float last[4][TILE * TILE];
         uint16_t *panel = scratch(&panel_scratch, each * STEP * 2);
         __m512 values = _mm512_loadu_ps(book);
+        begin_blocks();
         for (long first = 0; first < rows; first += most) {
             long now = rows - first < most ? rows - first : most;
             for (long begin = 0; begin < pairs; begin += each) {
                 long end = begin + each < pairs ? begin + each : pairs, count = end - begin;
                 tile_rows(tiled, &given, first, now, begin, end);
-                shape_tiles(TILE, TILE);
 #pragma omp for schedule(static)
                 for (long block = 0; block < weight.blocks; block++) {
                     for (long pair = begin; pair < end; pair++) {
@@ -104,33 +104,16 @@ void nf4_grad(uint16_t *dx, const uint16_t *dy, const uint8_t *codes, const floa
                         for (int group = 0; group < GROUPS; group += 2) {
                             const uint16_t *upper = tiled + row / TILE * count * PAIRS, *lower = now - row > TILE ? upper + count * PAIRS : upper;
                             float *sums = between + row * inputs + (block * BLOCK + group * TILE) * 2 * TILE;  // (4 tiles, 16, 16)
-                            if (begin) {
-                                tile_load(0, sums, 64);
-                                tile_load(1, sums + TILE * TILE, 64);
-                                tile_load(2, sums + 2 * TILE * TILE, 64);
-                                tile_load(3, sums + 3 * TILE * TILE, 64);
-                            } else zero_sums();
-                            for (long pair = 0; pair < count; pair++) {
-                                tile_load(4, upper + pair * PAIRS, 64);
-                                tile_load(5, lower + pair * PAIRS, 64);
-                                tile_load(6, panel + pair * STEP + group * PAIRS, 64);
-                                tile_load(7, panel + pair * STEP + (group + 1) * PAIRS, 64);
-                                tile_product(0, 4, 6);
-                                tile_product(1, 4, 7);
-                                tile_product(2, 5, 6);
-                                tile_product(3, 5, 7);
-                            }
-                            if (end == pairs) sums = last[0];
-                            tile_store(0, sums, 64);
-                            tile_store(1, sums + TILE * TILE, 64);
-                            tile_store(2, sums + 2 * TILE * TILE, 64);
-                            tile_store(3, sums + 3 * TILE * TILE, 64);
+                            const uint16_t *weights = panel + group * PAIRS;
+                            float *to = end == pairs ? last[0] : sums;
+                            add_block(to, begin ? sums : NULL, (Places){TILE * TILE, 2 * TILE * TILE, TILE}, (Sides){upper, lower, DEPTH, PAIRS},
+                                      (Sides){weights, weights + PAIRS, DEPTH, STEP}, count);
                             long here = now - row < 2 * TILE ? now - row : 2 * TILE;
                             if (end == pairs) put(dx + (first + row) * inputs + block * BLOCK + group * TILE, last, here, inputs);
                         }
                 }
             }
         }
-        tiles_release();
+        end_blocks();
     }
 }

@@ -1,19 +1,20 @@
-// Tiles of sixteen rows of 64 bytes, and their products: by AMX, or by AVX-512 BF16 where the compiler is not told of AMX.
+// Products in blocks of 32 rows and 32 columns, bfloat16 with float32 sums: four of AMX's tiles, or AVX-512 BF16's registers.
 //
-// For sums (rows, width) += left (rows, 32) times right, in pairs of the depth: (16 pairs, width, 2). Tiles 0 to 3 hold sums,
-// 4 and 5 left sides, 6 and 7 right ones. Whoever loads a side leaves it in its place until it was multiplied.
+// A tile is sixteen lines of 64 bytes: of a left side 16 rows of 32 values, of a right side 16 pairs of rows, (16 columns, 2).
 
 #pragma once
 #include "common.h"
 
+// Two tiles of one side, `line` values from a line to the next, and `step` to the tiles that follow in the depth.
+typedef struct { const uint16_t *first, *second; long line, step; } Sides;
+
+// Four tiles of sums: to the right of one lies one, below the two are two more. All distances in values.
+typedef struct { long right, below, line; } Places;
+
 #ifdef __AMX_BF16__
 
-#define tile_load _tile_loadd
-#define tile_store _tile_stored
-#define tile_zero _tile_zero
-#define tile_product _tile_dpbf16ps
-#define tiles_release _tile_release
-
+// For sums (rows, width) += left (rows, 32) times right: tiles 0 to 3 hold sums, 4 and 5 left sides, 6 and 7 right ones, in pairs
+// of the depth, (16 pairs, width, 2).
 static inline void shape_tiles(int rows, int width) {
     _Alignas(64) uint8_t shape[64] = {1};
     for (int tile = 0; tile < 8; tile++) {
@@ -24,68 +25,75 @@ static inline void shape_tiles(int rows, int width) {
     _tile_loadconfig(shape);
 }
 
+static inline void zero_sums(void) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+}
+
+static inline void begin_blocks(void) { shape_tiles(TILE, TILE); }
+
+static inline void end_blocks(void) { _tile_release(); }
+
+// to = from (NULL: 0) + left times right, over so many tiles of the depth. Between begin_blocks and end_blocks.
+static inline __attribute__((always_inline)) void add_block(float *to, const float *from, Places places, Sides left, Sides right, long steps) {
+    if (from) {
+        _tile_loadd(0, from, places.line * 4);
+        _tile_loadd(1, from + places.right, places.line * 4);
+        _tile_loadd(2, from + places.below, places.line * 4);
+        _tile_loadd(3, from + places.below + places.right, places.line * 4);
+    } else zero_sums();
+    for (long step = 0; step < steps; step++) {
+        _tile_loadd(4, left.first + step * left.step, left.line * 2);
+        _tile_loadd(5, left.second + step * left.step, left.line * 2);
+        _tile_loadd(6, right.first + step * right.step, right.line * 2);
+        _tile_loadd(7, right.second + step * right.step, right.line * 2);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, to, places.line * 4);
+    _tile_stored(1, to + places.right, places.line * 4);
+    _tile_stored(2, to + places.below, places.line * 4);
+    _tile_stored(3, to + places.below + places.right, places.line * 4);
+}
+
 #else
 
-// A side is not copied, but read where it lies.
-typedef struct { const char *at; long stride; } Side;
+enum { ROWS = 8 };  // whose 16 sums of 16 columns stay in registers
 
-static _Thread_local struct {
-    _Alignas(64) float sums[4][TILE][TILE];
-    Side sides[8];
-    int rows;
-    __mmask16 columns;
-} tiles;
+static inline void begin_blocks(void) {}
 
-static inline void shape_tiles(int rows, int width) {
-    tiles.rows = rows;
-    tiles.columns = (1 << width) - 1;
+static inline void end_blocks(void) {}
+
+static inline __attribute__((always_inline)) void add_rows(float *to, const float *from, Places places, const uint16_t *left, long line, long left_step,
+                                                           Sides right, long steps) {
+    __m512 sum[ROWS][2];
+    for (int row = 0; row < ROWS; row++)
+        for (int n = 0; n < 2; n++)
+            sum[row][n] = from ? _mm512_loadu_ps(from + row * places.line + n * places.right) : _mm512_setzero_ps();
+    for (long step = 0; step < steps; step++, left += left_step, right.first += right.step, right.second += right.step)
+        for (int pair = 0; pair < TILE; pair++) {
+            __m512bh first = (__m512bh)_mm512_loadu_si512(right.first + pair * right.line);
+            __m512bh second = (__m512bh)_mm512_loadu_si512(right.second + pair * right.line);
+            for (int row = 0; row < ROWS; row++) {
+                __m512bh value = (__m512bh)_mm512_set1_epi32(*(const int32_t *)(left + row * line + pair * 2));
+                sum[row][0] = _mm512_dpbf16_ps(sum[row][0], value, first);
+                sum[row][1] = _mm512_dpbf16_ps(sum[row][1], value, second);
+            }
+        }
+    for (int row = 0; row < ROWS; row++)
+        for (int n = 0; n < 2; n++) _mm512_storeu_ps(to + row * places.line + n * places.right, sum[row][n]);
 }
 
-static inline void tile_zero(int tile) { memset(tiles.sums[tile], 0, sizeof tiles.sums[tile]); }
-
-static inline void tile_load(int tile, const void *at, long stride) {
-    if (tile > 3) tiles.sides[tile] = (Side){at, stride};
-    else
-        for (int row = 0; row < tiles.rows; row++)
-            _mm512_store_ps(tiles.sums[tile][row], _mm512_maskz_loadu_ps(tiles.columns, (const char *)at + row * stride));
-}
-
-static inline void tile_store(int tile, void *at, long stride) {
-    for (int row = 0; row < tiles.rows; row++)
-        _mm512_mask_storeu_ps((char *)at + row * stride, tiles.columns, _mm512_load_ps(tiles.sums[tile][row]));
-}
-
-// Rows that are missing are read from the last one, and not stored.
-static inline __attribute__((always_inline)) void product_of(float (*sums)[TILE], Side left, Side right, int count, int rows, __mmask16 columns) {
-    __m512 sum[TILE];
-    const char *at[TILE];
-    for (int row = 0; row < count; row++) {
-        sum[row] = _mm512_load_ps(sums[row]);
-        at[row] = left.at + (row < rows ? row : rows - 1) * left.stride;
+static inline __attribute__((always_inline)) void add_block(float *to, const float *from, Places places, Sides left, Sides right, long steps) {
+    for (int row = 0; row < 2 * TILE; row += ROWS) {
+        const uint16_t *side = row < TILE ? left.first : left.second;
+        long at = row / TILE * places.below + row % TILE * places.line;
+        add_rows(to + at, from ? from + at : NULL, places, side + row % TILE * left.line, left.line, left.step, right, steps);
     }
-#pragma GCC unroll 2
-    for (int pair = 0; pair < TILE; pair++) {
-        __m512bh other = (__m512bh)_mm512_maskz_loadu_epi32(columns, right.at + pair * right.stride);
-#pragma GCC unroll 16
-        for (int row = 0; row < count; row++)
-            sum[row] = _mm512_dpbf16_ps(sum[row], (__m512bh)_mm512_set1_epi32(*(const int32_t *)(at[row] + pair * 4)), other);
-    }
-    for (int row = 0; row < count; row++) _mm512_store_ps(sums[row], sum[row]);
 }
-
-static inline void tile_product(int sum, int left, int right) {
-    Side of_rows = tiles.sides[left], of_columns = tiles.sides[right];
-    if (tiles.rows == TILE) product_of(tiles.sums[sum], of_rows, of_columns, TILE, TILE, tiles.columns);
-    else product_of(tiles.sums[sum], of_rows, of_columns, TILE / 2, tiles.rows, tiles.columns);
-}
-
-static inline void tiles_release(void) {}
 
 #endif
-
-static inline void zero_sums(void) {
-    tile_zero(0);
-    tile_zero(1);
-    tile_zero(2);
-    tile_zero(3);
-}
