@@ -1,8 +1,8 @@
 """How a 4-bit layer multiplies on a CPU, in the fastest way that this machine and the layer allow.
 
 With AMX or AVX-512 BF16, and a compiler: our kernel, which reads 4 bits a weight however many rows there are. Without a
-compiler bitsandbytes' fused kernel for few rows, and dequantized and dense for many. On other devices bitsandbytes chooses by
-itself. Knows layers and rows.
+compiler bitsandbytes' fused kernel for few rows, and dequantized and dense for many. On other devices bitsandbytes
+chooses by itself. Knows layers and rows.
 """
 
 import copy
