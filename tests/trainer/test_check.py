@@ -56,6 +56,15 @@ def test_it_tells_what_the_run_will_do_and_writes_nothing(write_run, train, rece
     assert "time:" not in report
 
 
+@pytest.mark.parametrize("timing", [(), ("--no-timing",)], ids=["timed", "untimed"])
+def test_a_packed_run_is_checked_too(write_run, train, receipt, timing):
+    """Its memory is estimated on tensors without numbers, of which none can be asked for its labels."""
+    run = write_run(data__packing=True, data__max_tokens=64)
+    report = train(run, "--check", *timing).stdout
+    train(run)
+    assert f"steps: {receipt()['steps']} of 8 × 1 packed rows" in report and "activations" in report
+
+
 def test_the_examples_show_where_the_loss_is(write_run, train, settings):
     row = json.loads(Path(settings["data"]["train"]).read_text().splitlines()[0])
     report = train(write_run(), "--check", "--no-timing").stdout

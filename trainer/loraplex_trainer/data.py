@@ -227,7 +227,8 @@ def make_batch(examples: Sequence[Example], pad_id: int) -> Batch:
     if all(len(example.starts) == 1 for example in examples):
         first = min(example.answer_start for example in examples) - 1
         return Batch(input_ids, labels[:, first:], tokens, logits_to_keep=longest - 1 - first)
-    labelled = (labels != IGNORED).any(0).nonzero().squeeze(1)
+    spans = [span for example in examples for span in example.trained]
+    labelled = torch.tensor(sorted({at - 1 for start, stop in spans for at in range(start, stop)}))
     positions = torch.stack([packed_positions(example, longest)[:-1] for example in examples])
     return Batch(input_ids, labels[:, labelled], tokens, logits_to_keep=labelled, position_ids=positions)
 
