@@ -8,7 +8,7 @@ from bitsandbytes.nn.modules import Linear4bit
 from loraplex_server.engine.config import EngineConfig
 from loraplex_server.engine.engine import Engine
 from loraplex_server.engine.model import load_base
-from loraplex_server.engine.quantized import FUSED_ROWS
+from loraplex_server.engine.quantized import FUSED_ROWS, choose_kernels
 from loraplex_server.kernels.native import native
 
 needs_fused_kernel = pytest.mark.skipif(not has_avx512bf16(), reason="needs a CPU with AVX-512 BF16")
@@ -48,8 +48,22 @@ def test_in_our_kernel_a_row_gets_the_same_bits_in_any_company(base_folder):
     layer = first_layer(base)
     x = torch.randn(200, layer.in_features, dtype=base.dtype, generator=torch.Generator().manual_seed(0))
     together = layer(x)
-    for first, last in ((0, 1), (3, 8), (20, 36), (50, 67), (0, 130), (199, 200)):
+    for first, last in ((0, 1), (1, 3), (5, 8), (4, 8), (3, 8), (7, 19), (20, 36), (50, 67), (0, 130), (199, 200)):
         assert torch.equal(layer(x[first:last]), together[first:last])
+
+
+@needs_our_kernel
+@torch.no_grad()
+def test_our_kernel_takes_more_inputs_and_rows_than_it_does_at_once():
+    torch.manual_seed(0)
+    layer = Linear4bit(4160, 96, compute_dtype=torch.bfloat16, quant_type="nf4").to("cpu")
+    weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state).bfloat16().float()
+    choose_kernels(torch.nn.Sequential(layer))
+    assert layer.weight.quant_state is None
+    x = torch.randn(300, 4160).bfloat16()
+    out, expected = layer(x), x.float() @ weight.T + layer.bias.bfloat16().float()
+    torch.testing.assert_close(out.float(), expected, rtol=0, atol=2**-8 * float(expected.abs().max()))
+    assert torch.equal(layer(x[130:135]), out[130:135])
 
 
 @needs_our_kernel

@@ -171,11 +171,13 @@ static void multiply_many(float *sums, const Weight *weight, long tile, const ui
 
 static void multiply(float *sums, const Weight *weight, long tile, const uint16_t *x, long rows, long inputs, __m512 *between) {
     if (!weight->codes) memset(sums, 0, rows * TILE * sizeof(float));
-    else if (rows == 1) multiply_few(16, 1, sums, weight, tile, x, inputs);
-    else if (rows == 2) multiply_few(8, 2, sums, weight, tile, x, inputs);
-    else if (rows == 3) multiply_few(4, 3, sums, weight, tile, x, inputs);
-    else if (rows == 4) multiply_few(4, 4, sums, weight, tile, x, inputs);
-    else multiply_many(sums, weight, tile, x, rows, inputs, between);
+    else if (rows > 3 * SIDE4) multiply_many(sums, weight, tile, x, rows, inputs, between);
+    else for (; rows > 0; rows -= SIDE4, sums += SIDE4 * TILE, x += SIDE4 * inputs) {
+        if (rows == 1) multiply_few(16, 1, sums, weight, tile, x, inputs);
+        else if (rows == 2) multiply_few(8, 2, sums, weight, tile, x, inputs);
+        else if (rows == 3) multiply_few(4, 3, sums, weight, tile, x, inputs);
+        else multiply_few(4, 4, sums, weight, tile, x, inputs);
+    }
 }
 
 static long run_from(const Lora *lora, long i, long token) {
