@@ -135,7 +135,7 @@ def test_a_crash_between_the_two_renames_of_the_swap_loses_nothing(write_run, tr
     train(write_run())
     folder = tmp_path / "adapters/tagger"
     before = (folder / "receipt.json").read_bytes()
-    folder.rename(tmp_path / "adapters/tagger.old")
+    folder.rename(tmp_path / "adapters/.tagger.old")
     train(write_run(), "--resume", exit_code=2)  # any later run, also one that does nothing
     assert (folder / "receipt.json").read_bytes() == before
     assert [path.name for path in folder.parent.iterdir()] == ["tagger"]
@@ -203,7 +203,7 @@ def test_a_terminal_gets_a_bar_with_the_same_numbers(write_run):
         ("data.train=no-such.jsonl", 2, ["no-such.jsonl", "No such file"]),
         ("data.prompt='{text} ->:'", 2, ["train.jsonl:1", "'text'"]),
         ("data.max_tokens=9999", 2, ["data.max_tokens", "9999", "256"]),
-        ("output=/dev/null", 1, ["/dev/null"]),
+        ("output=/dev/null", 2, ["output", "/dev/null", "Not a directory"]),
     ],
 )
 def test_a_mistake_is_one_line_and_an_exit_code(write_run, train, override, exit_code, words):

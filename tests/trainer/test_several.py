@@ -178,6 +178,7 @@ def test_several_processes_take_one_file(files, train, monkeypatch):
 def test_a_file_that_is_not_there_is_told_from_a_setting(files, train):
     (first,) = files("small")
     assert "missing.yaml: No such file" in train(first, "missing.yaml", exit_code=2).output
+    assert f"lora.{'x' * 300}" in train(first, f"lora.{'x' * 300}=1", exit_code=2).output
     assert "override 'lora.rank': key=value is expected" in train(first, "lora.rank", exit_code=2).output
 
 

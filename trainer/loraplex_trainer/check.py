@@ -25,6 +25,7 @@ from loraplex_trainer.evaluate import Plan
 from loraplex_trainer.loop import Loop
 from loraplex_trainer.memory import MemoryEstimate, base_bytes, estimate_memory, gib
 from loraplex_trainer.parent import find_parent
+from loraplex_trainer.places import check_places
 from loraplex_trainer.progress import duration, say
 from loraplex_trainer.run import build_loop, encode_splits, rows_of, say_what_is_the_same
 from loraplex_trainer.schedule import count_steps
@@ -41,6 +42,7 @@ TIMED_STEPS = 2
 def check(config: RunConfig, console: Console, *, timing: bool) -> None:
     """Prints the report. Raises what `train` would raise before its first step: TrainerError and EngineError."""
     check_packages(config)
+    check_places(config)
     check_strategy(strategy := config.training.distributed.strategy)
     splits = read_splits(config.data)
     Plan.of(config.evaluation)

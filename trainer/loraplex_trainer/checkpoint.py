@@ -22,6 +22,7 @@ from loraplex_trainer.optimizers import optimizer_state, restore_optimizer
 from loraplex_trainer.stopping import Evaluation
 
 FORMAT = "loraplex.checkpoint/2"
+CHECKPOINT, STATE, PROGRESS = ".checkpoint", "state.safetensors", "progress.json"
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,8 @@ def save_checkpoint(folder: Path, progress: Progress, loop: Loop) -> None:
     with writing(partial, f"the checkpoint of step {progress.step}"):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        save_file(_each_its_own(tensors), partial / "state.safetensors")
-        (partial / "progress.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
+        save_file(_each_its_own(tensors), partial / STATE)
+        (partial / PROGRESS).write_text(json.dumps(document, indent=1), encoding="utf-8")
         swap_in(partial, folder)
 
 
@@ -55,7 +56,7 @@ def load_progress(folder: Path) -> Progress:
     """Raises CheckpointError when there is no checkpoint, or not one this version reads."""
     finish_swap(folder)
     try:
-        document = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
+        document = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"nothing to resume: there is no checkpoint in {folder}") from error
     except ValueError as error:
@@ -69,7 +70,7 @@ def load_progress(folder: Path) -> Progress:
 def restore_state(folder: Path, loop: Loop) -> None:
     """Puts weights, optimizer state and random state back as they were saved."""
     try:
-        tensors = load_file(folder / "state.safetensors", device=str(loop.model.device))
+        tensors = load_file(folder / STATE, device=str(loop.model.device))
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"the checkpoint {folder} is damaged: {error}") from error
     expected = {f"adapter/{name}" for name in loop.parameters}
@@ -112,10 +113,13 @@ def writing(partial: Path, what: str) -> Iterator[None]:
 
 
 def swap_in(partial: Path, folder: Path) -> None:
-    """Makes `partial` be `folder`; what was there is removed afterwards. Both are synced to disk first."""
+    """Makes `partial` be `folder`; what was there is removed afterwards. Both are synced to disk first.
+
+    The caller knows that nothing but its own was there.
+    """
     for path in [*partial.rglob("*"), partial]:
         _sync(path)
-    old = folder.with_name(f"{folder.name}.old")
+    old = _old(folder)
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)
@@ -126,9 +130,14 @@ def swap_in(partial: Path, folder: Path) -> None:
 
 def finish_swap(folder: Path) -> None:
     """A crash between the two renames of swap_in leaves only the old folder: it is the good one."""
-    old = folder.with_name(f"{folder.name}.old")
+    old = _old(folder)
     if old.exists() and not folder.exists():
         old.rename(folder)
+
+
+def _old(folder: Path) -> Path:
+    """Not to be mixed up with an adapter: no name begins with a dot."""
+    return folder.with_name(f".{folder.name}.old")
 
 
 def _sync(path: Path) -> None:

@@ -14,7 +14,7 @@ from loraplex_trainer.schedule import scheduled_rate
 from loraplex_trainer.sections import TrainingSection
 from loraplex_trainer.stopping import Evaluation
 
-FOLDER = ".training"
+FOLDER, TABLE, PICTURE = ".training", "loss.csv", "loss.png"
 FEWEST_POINTS = 10  # fewer losses make no curve
 
 
@@ -29,13 +29,13 @@ def write_curve(
     place = folder / FOLDER
     place.mkdir()
     heldout = dict(evaluations)
-    with (place / "loss.csv").open("w", encoding="utf-8", newline="") as file:
+    with (place / TABLE).open("w", encoding="utf-8", newline="") as file:
         table = csv.writer(file)
         table.writerow(["step", "loss", "learning_rate", "heldout_loss"])
         for step, loss in enumerate(losses, start=1):
             table.writerow([step, loss, scheduled_rate(step - 1, total_steps, training), heldout.get(step, "")])
     if len(losses) >= FEWEST_POINTS:
-        _draw(place / "loss.png", losses, evaluations)
+        _draw(place / PICTURE, losses, evaluations)
 
 
 def _draw(path: Path, losses: Sequence[float], evaluations: Sequence[Evaluation]) -> None:

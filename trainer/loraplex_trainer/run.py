@@ -3,6 +3,7 @@
 Assembles the other files; each step's how is in the file named after it.
 """
 
+import errno
 import gc
 import shutil
 import tempfile
@@ -31,6 +32,7 @@ from loraplex_trainer.loop import Loop
 from loraplex_trainer.memory import load_within_memory
 from loraplex_trainer.packing import pack, prepare_packing
 from loraplex_trainer.parent import find_parent
+from loraplex_trainer.places import check_places, in_the_way
 from loraplex_trainer.progress import say
 from loraplex_trainer.push import FINAL, Pushes
 from loraplex_trainer.receipt import Trained
@@ -52,6 +54,7 @@ class Material:
     def read(cls, config: RunConfig, console: Console) -> "Material":
         """Raises ConfigError and DataError for what is wrong before anything is loaded."""
         check_packages(config)
+        check_places(config)
         splits = read_splits(config.data)
         plan = Plan.of(config.evaluation)
         say_what_is_the_same(splits, config.data.on_leak, console)
@@ -131,6 +134,8 @@ def finish(material: Material, trained: Trained, partial: Path, pushes: Pushes) 
     with writing(partial, "the adapter"):
         complete(partial, config, material.splits, trained, measured)
         pushes.add(FINAL, len(trained.losses), lambda place: shutil.copytree(partial, place, dirs_exist_ok=True))
+        if reason := in_the_way(config.folder):  # it came while the run was at work
+            raise FileExistsError(errno.EEXIST, reason)
         swap_in(partial, config.folder)
     if measured.metrics or trained.heldout_loss is not None:
         console.print(score_table(measured.metrics, trained.heldout_loss))

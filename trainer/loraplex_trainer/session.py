@@ -18,7 +18,7 @@ from rich.progress import Progress as Bars
 from loraplex_server.engine.model import Base
 from loraplex_trainer.adapter import save_adapter
 from loraplex_trainer.card import write_card
-from loraplex_trainer.checkpoint import Progress, save_checkpoint, writing
+from loraplex_trainer.checkpoint import CHECKPOINT, Progress, save_checkpoint, writing
 from loraplex_trainer.config import RunConfig
 from loraplex_trainer.curve import write_curve
 from loraplex_trainer.data import Encoded, Split
@@ -155,7 +155,7 @@ class Session:
 
 
 def checkpoint_folder(config: RunConfig) -> Path:
-    return config.folder / ".checkpoint"
+    return config.folder / CHECKPOINT
 
 
 def complete(folder: Path, config: RunConfig, splits: dict[str, Split], trained: Trained, measured: Measured) -> None:
