@@ -240,6 +240,7 @@ def test_too_little_memory_says_what_to_lower_and_by_how_much(write_run, monkeyp
         (["lora.target_modules=[query_key_value]"], ["query_key_value", "q_proj"]),
         (["data.max_tokens=9999"], ["data.max_tokens", "256"]),
         (["continue_from=./no-such-adapter"], ["continue_from", "no-such-adapter"]),
+        (["continue_from=a:1", "registry=htp://x"], ["continue_from", "'htp://x': expected a folder, http:// or http"]),
     ],
 )
 def test_anything_wrong_is_one_line_and_exit_code_2(write_run, train, overrides, words, tmp_path):
