@@ -71,7 +71,7 @@ class RemoteRegistry:
         patience: Patience | None = None,
     ) -> None:
         self.url, self.limits, self._patience = url.rstrip("/"), limits or Limits(), patience or Patience()
-        token = token or token_for(self.url)
+        token = token or token_for(url)
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         self.tokens, self.signatures = RemoteTokens(self._value), RemoteSignatures(self._value)
         self.protections, self.drafts = RemoteProtections(self._value), RemoteDrafts(self._page)
