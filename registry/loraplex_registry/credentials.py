@@ -19,8 +19,8 @@ VARIABLE = "LORAPLEX_REGISTRY_TOKEN"
 
 def token_for(url: str) -> str | None:
     """The environment's token, else the one kept for the URL. Raises InvalidRequest, StoreUnavailable."""
-    given = os.environ.get(VARIABLE)
-    return check_secret(given, VARIABLE) if given else _kept(url)
+    file, given = _file(url), os.environ.get(VARIABLE)
+    return check_secret(given, VARIABLE) if given else _kept(file)
 
 
 def keep_token(url: str, secret: str) -> Path:
@@ -60,8 +60,7 @@ def check_secret(secret: str, what: str) -> str:
     return secret
 
 
-def _kept(url: str) -> str | None:
-    file = _file(url)
+def _kept(file: Path) -> str | None:
     try:
         mode = file.stat().st_mode & 0o777
     except (FileNotFoundError, NotADirectoryError, PermissionError):  # a service's home may be one it may not look into

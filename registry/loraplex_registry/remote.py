@@ -25,6 +25,7 @@ from .errors import (
     RateLimited,
     RegistryError,
     RemoteError,
+    StoreUnavailable,
     UnknownDigest,
     WrongOffset,
 )
@@ -70,7 +71,7 @@ class RemoteRegistry:
         patience: Patience | None = None,
     ) -> None:
         self.url, self.limits, self._patience = url.rstrip("/"), limits or Limits(), patience or Patience()
-        token = token or token_for(self.url)
+        token = token or token_for(url)
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         self.tokens, self.signatures = RemoteTokens(self._value), RemoteSignatures(self._value)
         self.protections, self.drafts = RemoteProtections(self._value), RemoteDrafts(self._page)
@@ -356,6 +357,8 @@ def open_registry(
     """
     if where and str(where).startswith(("http://", "https://")):
         return RemoteRegistry(str(where), patience=patience)
+    if re.match(r"[a-z][a-z0-9+.-]*://", str(where), re.IGNORECASE):  # mistyped: it would become a folder
+        raise StoreUnavailable(f"the registry '{where}': expected a folder, http:// or https://")
     database, store = database or os.environ.get(DATABASE), store or os.environ.get(STORE)
     return Registry(where or Registry.default_root(), database=database, store=store)
 

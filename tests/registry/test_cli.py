@@ -76,6 +76,15 @@ def test_a_table_has_the_adapters_metrics_and_one_version_the_bases_too(run, tra
     assert "base_tag_f1 0.125" in run("show", "quotes-tagger").out
 
 
+@pytest.mark.parametrize("where", ["htps://registry.example/x", "s3://bucket", "FTP://host"])
+def test_a_url_that_is_no_registrys_does_not_become_a_folder(run, trained, where, tmp_path):
+    for command in (["push", "quotes-tagger"], ["list"], ["serve", "--port", "0"]):
+        answer = run(*command, "--registry", where)
+        assert answer.code == 1
+        assert answer.err == f"error: the registry '{where}': expected a folder, http:// or https://\n"
+    assert [path.name for path in (tmp_path / "work").iterdir()] == ["adapters"]
+
+
 def test_aliases_are_set_and_removed(run, trained):
     run("push", "quotes-tagger")
     assert run("alias", "set", "quotes-tagger:1", "staging").out == "quotes-tagger@staging: quotes-tagger:1\n"

@@ -1,5 +1,6 @@
 """login, logout and whoami: which token goes to which URL, and that it lies in a file of its owner's alone."""
 
+import re
 import stat
 from pathlib import Path
 
@@ -88,6 +89,15 @@ def test_the_environment_goes_first(url, secret, local, monkeypatch):
     with pytest.raises(InvalidRequest, match="LORAPLEX_REGISTRY_TOKEN is no token") as caught:
         RemoteRegistry(url)
     assert "no token" in str(caught.value)
+
+
+@pytest.mark.parametrize("token", [None, "lpx_secret"])
+@pytest.mark.parametrize("where", ["http://", "http://[::1"])
+def test_what_is_no_url_is_told_whoevers_the_token_is(monkeypatch, where, token):
+    if token:
+        monkeypatch.setenv("LORAPLEX_REGISTRY_TOKEN", token)
+    with pytest.raises(InvalidRequest, match=re.escape(f"'{where}' is not a ")):
+        RemoteRegistry(where)
 
 
 def test_a_token_goes_only_to_its_own_url():

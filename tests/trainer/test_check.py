@@ -249,11 +249,19 @@ def test_too_little_memory_says_what_to_lower_and_by_how_much(write_run, monkeyp
         (["lora.target_modules=[query_key_value]"], ["query_key_value", "q_proj"]),
         (["data.max_tokens=9999"], ["data.max_tokens", "256"]),
         (["continue_from=./no-such-adapter"], ["continue_from", "no-such-adapter"]),
+        (["continue_from=a:1", "registry=htp://x"], ["continue_from", "'htp://x': expected a folder, http:// or http"]),
+        (["continue_from=a:1", "registry=http://"], ["continue_from", "'http://' is not a registry's URL"]),
+        (["push.every=end", "push.registry=htp://x"], ["push.registry", "'htp://x': expected a folder, http:// or"]),
+        (["push.every=end", "push.registry=http://"], ["push.registry", "'http://' is not a registry's URL"]),
+        (["push.every=end", "push.registry='http://[::1'"], ["push.registry", "'http://[::1' is not a URL"]),
+        (["push.every=end", "push.registry=HERE/train.jsonl"], ["push.registry", "train.jsonl is none"]),
+        (["push.every=end", "registry=HERE/train.jsonl/below"], ["push.registry", "train.jsonl is none"]),
     ],
 )
 def test_anything_wrong_is_one_line_and_exit_code_2(write_run, train, overrides, words, tmp_path):
     run = write_run()
     before = tree(tmp_path)
+    overrides = [override.replace("HERE", str(tmp_path)) for override in overrides]
     result = train(run, *overrides, "--check", "--no-timing", exit_code=2)
     line = result.stderr.strip().splitlines()[-1]
     assert line.startswith("error: ") and all(word in line for word in words), result.stderr

@@ -145,12 +145,11 @@ def test_a_registry_that_stays_away_is_told_with_the_commands_that_push(write_ru
 
 
 @pytest.mark.slow
-def test_what_a_killed_run_queued_is_pushed_by_the_next(write_run, train, tmp_path, environment):
+def test_what_a_killed_run_queued_is_pushed_by_the_next(write_run, train, tmp_path, port, environment):
     """Killed without a chance to say goodbye, with the registry away: the saves lie on disk."""
     folder = tmp_path / "registry"
-    folder.write_text("in the way")  # no registry can be here yet
     training = {**SAVES, "max_steps": 2000, "save_every": 20, "log_every_steps": 10}
-    run = write_run(training=training, push={"every": "save", "registry": str(folder)})
+    run = write_run(training=training, push={"every": "save", "registry": f"http://127.0.0.1:{port}"})
     process = start(run, environment)
     wait_until(lambda: len(waiting(tmp_path)) > 2)
     process.send_signal(signal.SIGKILL)
@@ -158,10 +157,9 @@ def test_what_a_killed_run_queued_is_pushed_by_the_next(write_run, train, tmp_pa
     left = [name for name in waiting(tmp_path) if not name.endswith(".partial")]
     checkpoint = json.loads((tmp_path / "adapters/tagger/.checkpoint/progress.json").read_text())["step"]
     assert checkpoint - int(left[-1].rpartition("-")[2]) in (0, 20), "at most one interval is lost"
-    folder.unlink()
     end = checkpoint + 10
     train(run, "--resume", f"training.max_steps={end}", exit_code=2)  # another run
-    train(run, f"training.max_steps={end}", "training.save_every=1000")
+    train(run, f"training.max_steps={end}", "training.save_every=1000", f"push.registry={folder}")
     assert tags(folder) == [("draft", name.partition("draft-")[2]) for name in left] + [("final", f"step-{end}")]
     assert waiting(tmp_path) == []
 
@@ -187,6 +185,8 @@ def test_what_the_registry_refuses_is_told_and_the_rest_is_pushed(write_run, tra
         ({"registry": "somewhere"}, "push.registry: nothing is pushed unless push.every"),
         ({"every": "end", "name": "Not A Name"}, "push.name"),
         ({"every": "end", "wait_seconds": -1}, "push.wait_seconds"),
+        ({"every": "end", "registry": "http://"}, "push.registry: 'http://' is not a registry's URL"),
+        ({"every": "end", "registry": "/dev/null"}, "push.registry: '/dev/null': expected a folder to write in"),
     ],
 )
 def test_a_push_that_cannot_be_is_told_before_any_work(write_run, train, push, said):

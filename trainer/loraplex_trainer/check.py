@@ -19,20 +19,18 @@ from transformers import PreTrainedTokenizerBase
 from loraplex_server.engine.model import load_base
 from loraplex_trainer.adapter import attach, load_weights
 from loraplex_trainer.config import RunConfig
-from loraplex_trainer.data import Encoded, read_splits, steps_in_epoch
+from loraplex_trainer.data import Encoded, steps_in_epoch
 from loraplex_trainer.encoding import Example, encoder_for
-from loraplex_trainer.evaluate import Plan
 from loraplex_trainer.loop import Loop
 from loraplex_trainer.memory import MemoryEstimate, base_bytes, estimate_memory, gib
 from loraplex_trainer.parent import find_parent
 from loraplex_trainer.places import check_places
 from loraplex_trainer.progress import duration, say
-from loraplex_trainer.run import build_loop, encode_splits, rows_of, say_what_is_the_same
+from loraplex_trainer.run import Material, build_loop, encode_splits, rows_of
 from loraplex_trainer.schedule import count_steps
 from loraplex_trainer.sections import SHARED
 from loraplex_trainer.size import adapter_size
 from loraplex_trainer.team import check_strategy
-from loraplex_trainer.tracking import check_packages
 
 SHOWN_EXAMPLES = 3
 SHOWN_CHARACTERS = 400  # of each part of an example, from its two ends
@@ -41,12 +39,8 @@ TIMED_STEPS = 2
 
 def check(config: RunConfig, console: Console, *, timing: bool) -> None:
     """Prints the report. Raises what `train` would raise before its first step: TrainerError and EngineError."""
-    check_packages(config)
-    check_places(config)
     check_strategy(strategy := config.training.distributed.strategy)
-    splits = read_splits(config.data)
-    Plan.of(config.evaluation)
-    say_what_is_the_same(splits, config.data.on_leak, console)
+    splits = Material.read(config, console).splits
     base = load_base(**config.base.load_options, weights=False)
     encoded = encode_splits(config, splits, base, encoder_for(base, config.data), console)
     for name, split in splits.items():

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loraplex_registry.base import BaseDescription
-from loraplex_registry.errors import InvalidAdapter, InvalidReference, NotFound, StoreUnavailable
+from loraplex_registry.errors import InvalidAdapter, InvalidReference, InvalidRequest, NotFound, StoreUnavailable
 from loraplex_registry.reference import Reference
 from loraplex_registry.registry import Registry
 from loraplex_registry.remote import open_registry
@@ -43,7 +43,7 @@ def find_parent(config: RunConfig, base: BaseDescription, scratch: Path) -> Pare
                 version = registry.push(config.name, folder, base=base)
             return Parent(folder.resolve().name, None, version.digest, folder)
         version, files = fetch_version(config.continue_from, config.registry, scratch / "parent")
-    except (InvalidReference, InvalidAdapter, NotFound, StoreUnavailable) as error:
+    except (InvalidReference, InvalidRequest, InvalidAdapter, NotFound, StoreUnavailable) as error:
         raise ConfigError(f"continue_from: {config.continue_from!r}: {error}") from error
     if version.base.fingerprint not in (None, base.fingerprint):
         raise ConfigError(f"continue_from: {version} is an adapter of another base than {base.id}")

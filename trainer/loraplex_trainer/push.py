@@ -4,6 +4,7 @@ Owns the folder `<output>/.<name>.push`: what waits there outlives the process, 
 registries, not training.
 """
 
+import os
 import shlex
 import shutil
 import threading
@@ -20,7 +21,7 @@ from loraplex_registry.receipt import Receipt
 from loraplex_registry.remote import open_registry
 from loraplex_trainer.checkpoint import swap_in
 from loraplex_trainer.config import RunConfig
-from loraplex_trainer.errors import NotPushed
+from loraplex_trainer.errors import ConfigError, NotPushed
 from loraplex_trainer.parent import registry_of
 from loraplex_trainer.progress import say
 
@@ -31,6 +32,23 @@ LONGEST_PAUSE_SECONDS = 5.0  # between two tries at a registry that does not ans
 def every_steps(every: str, save_every: int | str) -> int | str | None:
     """So many steps, or "epoch", lie between two drafts; None: there are none."""
     return {"save": save_every, "epoch": "epoch"}.get(every)
+
+
+def check_registry(config: RunConfig) -> None:
+    """Raises ConfigError where nothing can be pushed to; a server that is away may come back. Writes nothing."""
+    if config.push.every == "never":
+        return
+    where = registry_of(config.push.registry or config.registry)
+    if "://" in where:
+        try:
+            open_registry(where).close()  # asks the server nothing
+        except RegistryError as error:
+            raise ConfigError(f"push.registry: {error}") from error
+        return
+    folder = Path(where).expanduser().absolute()
+    there = next(path for path in (folder, *folder.parents) if path.exists())  # what is not there yet is made in it
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"push.registry: {where!r}: expected a folder to write in, or a URL: {there} is none")
 
 
 class Pushes:

@@ -34,7 +34,7 @@ from loraplex_trainer.packing import pack, prepare_packing
 from loraplex_trainer.parent import find_parent
 from loraplex_trainer.places import check_places, in_the_way
 from loraplex_trainer.progress import say
-from loraplex_trainer.push import FINAL, Pushes
+from loraplex_trainer.push import FINAL, Pushes, check_registry
 from loraplex_trainer.receipt import Trained
 from loraplex_trainer.session import Session, checkpoint_folder, complete
 from loraplex_trainer.team import ALONE, Team, join_team
@@ -55,6 +55,7 @@ class Material:
         """Raises ConfigError and DataError for what is wrong before anything is loaded."""
         check_packages(config)
         check_places(config)
+        check_registry(config)
         splits = read_splits(config.data)
         plan = Plan.of(config.evaluation)
         say_what_is_the_same(splits, config.data.on_leak, console)
