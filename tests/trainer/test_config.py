@@ -22,6 +22,46 @@ def test_a_number_in_scientific_notation_is_a_number_in_the_file_too(write_run):
     assert load_config(path).training.learning_rate == 3e-3
 
 
+def test_numbers_and_dates_are_those_of_yaml_1_2(write_run):
+    """By YAML 1.1 `max_steps=010` trained 8 steps, `1:30` 90, and a name that looks like a date was none."""
+    path = write_run()
+    written = {"training.learning_rate": ["2e-2", "0.02", ".02", "20_000e-6"], "training.seed": ["31", "0x1f", "+3_1"]}
+    for key, ways in written.items():
+        section, name = key.split(".")
+        assert {getattr(getattr(load_config(path, [f"{key}={way}"]), section), name) for way in ways} in ({0.02}, {31})
+    assert load_config(path, ["name=2024-02-30"]).name == "2024-02-30"
+    assert load_config(path, ["data.completion=="]).data.completion == "="
+
+
+def test_an_override_may_be_longer_than_the_name_of_a_file(write_run, train):
+    report = train(write_run(), f"data.prompt='{'stone ' * 50}{{quote}}'", "--check", "--no-timing").stdout
+    assert "example 1: stone stone" in report
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("!!int foo", "foo"),
+        ("!!bool foo", "foo"),
+        ("!!set [a]", ""),
+        ("!!binary aGk=", "bytes"),
+        ("!!timestamp 2024-01-01", "date"),
+        ("9" * 5000, "4300 digits"),
+        ("&a {model: *a}", "Circular"),
+        ("[" * 5000, "recursion"),
+        (r'"\ud83d"', "surrogates"),
+    ],
+    ids=lambda text: text[:20],
+)
+def test_what_no_value_can_be_is_refused_in_a_line(tmp_path, write_run, train, value, words):
+    result = train(write_run(), f"base={value}", exit_code=2)
+    assert result.stderr.startswith("error: override 'base=") and result.stderr.count("\n") == 1
+    path = tmp_path / "bad.yaml"
+    path.write_text(f"base: {value}\n")
+    result = train(path, exit_code=2)
+    assert result.stderr.startswith(f"error: {path}: not YAML: ") and words in result.stderr
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [
@@ -31,6 +71,10 @@ def test_a_number_in_scientific_notation_is_a_number_in_the_file_too(write_run):
         ("lora.rank=many", ["lora.rank", '"many"', "a valid integer"]),
         ("lora.rank='8'", ["lora.rank", '"8"', "a valid integer"]),
         ("lora.rank=0", ["lora.rank", "0", "greater than 0"]),
+        ("training.max_steps=010", ["training.max_steps", '"010"', "a valid integer"]),
+        ("training.max_steps=1:30", ["training.max_steps", '"1:30"', "a valid integer"]),
+        ("lora.rank=0x_", ["lora.rank", '"0x_"', "a valid integer"]),
+        ("lora={2024-01-01: 3}", ["'lora.2024-01-01'"]),
         ("lora.target_modules=5", ["lora.target_modules", "5", "'all-linear'"]),
         ("base.quantization=int3", ["base.quantization", '"int3"', "'nf4', 'fp4', 'int8' or 'none'"]),
         ("training.schedule=", ["training.schedule", "null", "'cosine'"]),
@@ -62,10 +106,10 @@ def test_a_missing_key_is_named(tmp_path: Path):
         load_config(path)
 
 
-@pytest.mark.parametrize("text", ["name: a\nname: b\n", "- 1\n", "name: [\n"])
+@pytest.mark.parametrize("text", ["name: a\nname: b\n", "- 1\n", "name: [\n", b"name: \xff\n"])
 def test_a_file_that_is_not_one_mapping_is_refused(tmp_path: Path, text):
     path = tmp_path / "run.yaml"
-    path.write_text(text)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ConfigError, match=r"run\.yaml"):
         load_config(path)
 

@@ -102,8 +102,13 @@ def train(arguments: tuple[str, ...], resume: bool, checking: bool, no_timing: b
 def _files_and_overrides(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
     """The first argument is a run file, and so is every other that is there, or is called like one."""
     first, *rest = arguments
-    more = [text for text in rest if Path(text).is_file() or ("=" not in text and text.endswith((".yaml", ".yml")))]
+    more = [text for text in rest if _is_file(text) or ("=" not in text and text.endswith((".yaml", ".yml")))]
     return [Path(text) for text in (first, *more)], [text for text in rest if text not in more]
+
+
+def _is_file(text: str) -> bool:
+    """Also of an override, which may be too long for a name: Path.is_file would raise."""
+    return os.path.isfile(text)  # noqa: PTH113
 
 
 @click.command()

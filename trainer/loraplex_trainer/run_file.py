@@ -25,11 +25,10 @@ def load_config(path: Path, overrides: Sequence[str] = (), tell: Callable[[str],
     Raises ConfigError, naming the key, its value and what was expected; for an unknown key, the nearest known one.
     """
     try:
-        settings = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        content = path.read_bytes()
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    settings = _read(content, str(path))
     if not isinstance(settings, dict):
         raise ConfigError(f"{path}: a mapping of keys to values is expected")
     settings, taken_over = _in_our_names(settings, tell)
@@ -40,7 +39,7 @@ def load_config(path: Path, overrides: Sequence[str] = (), tell: Callable[[str],
         _set(settings, key, value)
     try:
         # Through JSON, where strict validation still takes a string for a path and a list for a tuple.
-        return RunConfig.model_validate_json(json.dumps(settings, default=str))
+        return RunConfig.model_validate_json(json.dumps(settings))
     except ValidationError as error:
         raise ConfigError(f"{path}: {'; '.join(dict.fromkeys(_explain(error.errors())))}") from error
 
@@ -55,7 +54,10 @@ def known_keys(section: type[BaseModel] = RunConfig, prefix: str = "") -> Iterat
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-3 as a number (YAML 1.2 does, YAML 1.1 calls it text) and refuses a key given twice."""
+    """SafeLoader that takes numbers as YAML 1.2 does, a date or a lone = for text, and refuses a key given twice.
+
+    By YAML 1.1 1e-3 is text, 010 is 8 and 1:30 is 90.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]
@@ -65,9 +67,27 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
+_NUMBERS = {
+    "int": r"[-+]?(0|[1-9][0-9_]*)|0x[0-9a-fA-F]{1,16}",
+    "float": r"[-+]?([0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+|[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*([eE][-+]?[0-9]+)?"
+    r"|\.(inf|Inf|INF))|\.(nan|NaN|NAN)",
+}
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in those if tag.rpartition(":")[2] not in (*_NUMBERS, "timestamp", "value")]
+    for first, those in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _kind, _pattern in _NUMBERS.items():
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"^({_pattern})$"), list("-+.0123456789"))
+
+
+def _read(text: str | bytes, where: str) -> Any:
+    """What YAML says, of the kinds that JSON has: keys are text. Raises ConfigError, which begins with `where`."""
+    try:
+        as_json = json.dumps(yaml.load(text, _Loader), ensure_ascii=False)  # refuses bytes, and an anchor in itself
+        return json.loads(as_json.encode())  # refuses half a surrogate pair
+    # What a tag such as !!bool makes of what it does not fit, and what lies too deep, yaml lets rise.
+    except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise ConfigError(f"{where}: not YAML: {' '.join(str(error).split())}") from error
 
 
 def _in_our_names(given: dict[str, Any], tell: Callable[[str], object]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -92,10 +112,7 @@ def _parse(override: str) -> tuple[str, Any]:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"override {override!r}: key=value is expected, such as training.learning_rate=1e-3")
-    try:
-        return key, yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: the value is not YAML") from error
+    return key, _read(text, f"override {override[:80]!r}")
 
 
 def _set(settings: dict[str, Any], key: str, value: Any) -> None:
