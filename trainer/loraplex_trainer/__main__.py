@@ -17,7 +17,8 @@ from rich.console import Console
 from loraplex_server.engine.errors import BaseNotFound, BaseUnusable, EngineError
 from loraplex_server.engine.upstream import quiet
 from loraplex_trainer.beside import check_together
-from loraplex_trainer.errors import Interrupted, TrainerError
+from loraplex_trainer.errors import ConfigError, Interrupted, TrainerError
+from loraplex_trainer.launch import read_launch
 from loraplex_trainer.run_file import load_config
 from loraplex_trainer.run_schema import FILE as SCHEMA
 
@@ -139,7 +140,10 @@ RunOrWord.words = {"presets": presets, "schema": schema}
 
 def _is_follower() -> bool:
     """Whether torchrun started this process beside a first one, which speaks for all."""
-    return int(os.environ.get("RANK", "0")) > 0
+    try:
+        return read_launch().rank > 0
+    except ConfigError:  # which whoever starts the run is told
+        return False
 
 
 def end(message: str, exit_code: int) -> NoReturn:

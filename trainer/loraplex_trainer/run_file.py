@@ -2,7 +2,6 @@
 
 import difflib
 import json
-import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from pydantic_core import ErrorDetails
 from loraplex_trainer.config import RunConfig
 from loraplex_trainer.deepspeed_json import additions
 from loraplex_trainer.errors import ConfigError
+from loraplex_trainer.launch import read_launch
 from loraplex_trainer.option_names import is_theirs, translate
 
 
@@ -35,7 +35,7 @@ def load_config(path: Path, overrides: Sequence[str] = (), tell: Callable[[str],
     given, given_over = _in_our_names(dict(map(_parse, overrides)), tell)
     for key, value in {**taken_over, **given, **given_over}.items():
         _set(settings, key, value)
-    for key, value in additions(settings, int(os.environ.get("WORLD_SIZE", "1")), tell):
+    for key, value in additions(settings, read_launch().size, tell):
         _set(settings, key, value)
     try:
         # Through JSON, where strict validation still takes a string for a path and a list for a tuple.
