@@ -15,6 +15,29 @@ def test_overrides_win_over_the_file_and_defaults_fill_the_rest(write_run):
     assert config.training.max_grad_norm == 1.0 and config.base.revision is None
 
 
+def test_an_override_of_a_section_changes_the_keys_it_names(write_run):
+    """`lora={rank: 2}` put the file's alpha back to its default, without a word."""
+    config = load_config(write_run(), ["lora={rank: 2}", "training={distributed: {offload: none}}", "lora.rslora=true"])
+    assert (config.lora.rank, config.lora.alpha, config.lora.rslora, config.training.max_steps) == (2, 8, True, 6)
+    kept = {"lora__rank_pattern": {"q_proj": 2}, "lora__alpha_pattern": {"q_proj": 2}}
+    config = load_config(write_run(**kept), ["lora.rank_pattern={v_proj: 8}", "lora.alpha_pattern={}", "training={}"])
+    assert (config.lora.rank_pattern, config.lora.alpha_pattern) == ({"v_proj": 8}, {})
+    assert config.training.max_steps == 6
+    config = load_config(write_run(training__evaluate_every=1), ["training.early_stopping={}"])
+    assert config.training.early_stopping is not None
+
+
+@pytest.mark.parametrize("second", ["lora.rank=3", "lora={alpha: 4, rank: 3}"])
+def test_a_key_that_is_given_twice_is_refused(write_run, train, second):
+    result = train(write_run(), "lora.rank=2", second, exit_code=2)
+    assert result.stderr == "error: lora.rank is given twice, as 2 and as 3: keep one\n"
+
+
+@pytest.mark.parametrize(("options", "words"), [(["--no-timing"], "--check"), (["--check", "--resume"], "--resume")])
+def test_options_that_do_nothing_are_refused(write_run, train, options, words):
+    assert words in train(write_run(), *options, exit_code=2).stderr
+
+
 def test_a_number_in_scientific_notation_is_a_number_in_the_file_too(write_run):
     """YAML 1.1 reads `3e-3` as text: the learning rate most people would write was refused as a string."""
     path = write_run()
@@ -84,6 +107,7 @@ def test_what_no_value_can_be_is_refused_in_a_line(tmp_path, write_run, train, v
         ("data.prompt='{quote} ->: '", ["data.prompt", "must not end in a space", "data.completion"]),
         ("data.train=null", ["data.train", "null"]),
         ("training.seed", ["training.seed", "key=value"]),
+        ("registry=/nope", ["registry: '/nope'", "continue_from or push.every"]),
         ("name.x=1", ["'name' is a value"]),
     ],
 )

@@ -56,6 +56,10 @@ def train(arguments: tuple[str, ...], resume: bool, checking: bool, no_timing: b
 
     KEY=VALUE sets a key, such as training.learning_rate=1e-3, in every file.
     """
+    if checking and resume:
+        raise click.UsageError("--resume goes on with a run, and --check trains nothing: leave one out")
+    if no_timing and not checking:
+        raise click.UsageError("--no-timing is for --check: a run is not timed beforehand")
     files, overrides = _files_and_overrides(arguments)
     console = Console(highlight=False, quiet=_is_follower())
     go_on = shlex.join(["loraplex", "train", *arguments, "--resume"])

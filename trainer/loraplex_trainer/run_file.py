@@ -32,7 +32,7 @@ def load_config(path: Path, overrides: Sequence[str] = (), tell: Callable[[str],
     if not isinstance(settings, dict):
         raise ConfigError(f"{path}: a mapping of keys to values is expected")
     settings, taken_over = _in_our_names(settings, tell)
-    given, given_over = _in_our_names(dict(map(_parse, overrides)), tell)
+    given, given_over = _in_our_names(_parsed(overrides), tell)
     for key, value in {**taken_over, **given, **given_over}.items():
         _set(settings, key, value)
     for key, value in additions(settings, read_launch().size, tell):
@@ -115,12 +115,38 @@ def _parse(override: str) -> tuple[str, Any]:
     return key, _read(text, f"override {override[:80]!r}")
 
 
+def _parsed(overrides: Sequence[str]) -> dict[str, Any]:
+    """Values by dotted keys. Raises ConfigError for a key that is given twice."""
+    given: dict[str, Any] = {}
+    for override in overrides:
+        for key, value in _one_by_one(*_parse(override)):
+            if key in given:
+                raise ConfigError(f"{key} is given twice, as {given[key]!r} and as {value!r}: keep one")
+            given[key] = value
+    return given
+
+
+def _one_by_one(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Of a section its keys: those that the override leaves out stay as they are."""
+    if value and isinstance(value, dict) and _is_section(key):
+        for name, inner in value.items():
+            yield from _one_by_one(f"{key}.{name}", inner)
+    else:
+        yield key, value
+
+
+def _is_section(key: str) -> bool:
+    return any(other.startswith(f"{key}.") for other in known_keys())
+
+
 def _set(settings: dict[str, Any], key: str, value: Any) -> None:
     *sections, last = key.split(".")
     for part in sections:
         settings = settings.setdefault(part, {})
         if not isinstance(settings, dict):
             raise ConfigError(f"{key}={value}: {part!r} is a value, not a section")
+    if value == {} and settings.get(last) and _is_section(key):
+        return  # a section that is there loses nothing by one that says nothing
     settings[last] = value
 
 
