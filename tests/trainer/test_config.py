@@ -107,6 +107,13 @@ def test_what_no_value_can_be_is_refused_in_a_line(tmp_path, write_run, train, v
         ("data.prompt='{quote} ->: '", ["data.prompt", "must not end in a space", "data.completion"]),
         ("data.train=null", ["data.train", "null"]),
         ("training.seed", ["training.seed", "key=value"]),
+        ("lora=", ["lora: null: expected a section, with keys of its own such as rank, alpha"]),
+        ("lora=3", ["lora: 3: expected a section"]),
+        ("training.early_stopping=true", ["training.early_stopping: true: expected a section", "patience, min_delta"]),
+        ("training.betas=[0.9]", ["training.betas: [0.9]: expected 2 values"]),
+        ("training.betas=[]", ["training.betas: []: expected 2 values"]),
+        ("data.heldout=100%", ['data.heldout: "100%": a share below 100% is expected, such as 5%']),
+        ("data.train=[[a]]", ['data.train: ["a"]: expected a path, or a source such as {path: file.jsonl}']),
         ("registry=/nope", ["registry: '/nope'", "continue_from or push.every"]),
         ("name.x=1", ["'name' is a value"]),
     ],
@@ -121,6 +128,14 @@ def test_all_mistakes_of_a_file_are_told_at_once(write_run):
     with pytest.raises(ConfigError) as refused:
         load_config(write_run(training__epoch=3, lora__rank="x"))
     assert "'training.epochs'" in str(refused.value) and "lora.rank" in str(refused.value)
+
+
+def test_a_key_with_dots_in_a_file_is_told_how_it_is_nested(write_run, train):
+    """It said: unknown key 'lora.rank'; the nearest known key is 'lora.rank'."""
+    error = train(write_run(**{"lora.rank": 8}), exit_code=2).stderr
+    assert "unknown key 'lora.rank'; dots are for key=value, and a file nests its keys: lora: {rank: 8}\n" in error
+    error = train(write_run(**{"training__distributed.strategy": "fsdp"}), exit_code=2).stderr
+    assert error.endswith('training: {distributed: {strategy: "fsdp"}}\n')
 
 
 def test_a_missing_key_is_named(tmp_path: Path):

@@ -158,21 +158,43 @@ def _explain(errors: Sequence[ErrorDetails]) -> Iterator[str]:
         # Below a known key, pydantic adds the branch of a union or the index in a list: the key is what the user wrote.
         key = max((key for key in known if path == key or path.startswith(f"{key}.")), key=len, default=path)
         if error["type"] == "extra_forbidden":
-            yield f"unknown key {path!r}{_nearest(path, known)}"
-        elif error["type"] == "missing":
+            yield f"unknown key {path!r}{_nested(path, error['input']) if path in known else _nearest(path, known)}"
+        elif error["type"] == "missing" and isinstance(error["loc"][-1], str):
             yield f"the key {path!r} is missing"
+        elif error["type"] == "missing":  # of a list of fixed length: the last one that is says how many are wanted
+            wrong[key] = [error]
         else:
             wrong.setdefault(key, []).append(error)
     for key, its_errors in wrong.items():
-        messages = [e["msg"].removeprefix("Input should be ").removeprefix("Value error, ") for e in its_errors]
-        if not key or any(
-            other.startswith(f"{key}.") for other in known
-        ):  # about a section: the message names its keys
+        # A list whose only item is wrong is said to be too short as well.
+        its_errors = [error for error in its_errors if error["type"] != "too_short"] or its_errors
+        messages = [_expected(error, key, known) for error in its_errors]
+        if not key or (its_errors[0]["type"] == "value_error" and _is_section(key)):  # the message names its keys
             yield messages[0]
             continue
         value = json.dumps(its_errors[0]["input"], ensure_ascii=False, default=str)
         expected = "" if its_errors[0]["type"] == "value_error" else "expected "
         yield f"{key}: {value}: {expected}{' or '.join(dict.fromkeys(messages))}"
+
+
+def _expected(error: ErrorDetails, key: str, known: Sequence[str]) -> str:
+    """What pydantic says was expected, in our words where its own are of no use."""
+    if error["type"] == "model_type":
+        inside = [other.removeprefix(f"{key}.") for other in known if other.startswith(f"{key}.")]
+        return f"a section, with keys of its own such as {', '.join(inside[:2])}"
+    if error["type"] == "missing":
+        return f"{int(error['loc'][-1]) + 1} values"
+    return error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+
+
+def _nested(path: str, value: Any) -> str:
+    """How a file says what an override says with dots, as the end of a sentence."""
+    text = json.dumps(value, ensure_ascii=False)
+    *sections, last = path.split(".")
+    text = f"{last}: {text}"
+    for section in reversed(sections):
+        text = f"{section}: {{{text}}}"
+    return f"; dots are for key=value, and a file nests its keys: {text}"
 
 
 def _nearest(path: str, known: Sequence[str]) -> str:
