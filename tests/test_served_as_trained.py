@@ -1,6 +1,7 @@
 """One renderer: what the server feeds the model for a question is what the trainer put before the answer."""
 
 import json
+import math
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -157,12 +158,14 @@ def test_the_openai_sdk_talks_to_an_adapter(client):
         ("columns", "completions", {"inputs": {"quote": "x"}}, "inputs", "'n'"),
         ("columns", "completions", {"inputs": {"quote": "x", "n": 1, "m": 2}}, "inputs", "'m'"),
         ("columns", "completions", {"inputs": {"quote": None, "n": 1}}, "inputs", "'quote' is null"),
+        ("columns", "completions", {"inputs": {"quote": [["x"], None], "n": 1}}, "inputs", "'quote' is [["),
+        ("columns", "completions", {"inputs": {"quote": "x", "n": math.nan}}, "inputs", "'n' is NaN"),
         ("messages", "completions", {"inputs": {"quote": "x"}}, "inputs", "prompt template"),
         ("columns", "completions", {"inputs": {"quote": "x", "n": 1}, "prompt": "x"}, "inputs", "one of them"),
     ],
 )
 def test_what_the_template_has_no_place_for_is_refused(client, adapter, path, body, param, said):
-    answer = client.post(f"/v1/{path}", json=body | {"adapter": adapter})
+    answer = client.post(f"/v1/{path}", content=json.dumps(body | {"adapter": adapter}))  # httpx would refuse NaN
     error = answer.json()["error"]
     assert (answer.status_code, error["param"]) == (400, param), error
     assert said in error["message"], error

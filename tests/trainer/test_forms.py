@@ -48,7 +48,7 @@ def made(base, tmp_path):
 
     def make(rows, **data):
         path = tmp_path / "rows.jsonl"
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         if "\n" in data.get("chat_template", "") or "{" in data.get("chat_template", ""):
             (tmp_path / "chat.jinja").write_text(data["chat_template"])
             data["chat_template"] = str(tmp_path / "chat.jinja")
@@ -183,6 +183,11 @@ def test_sharegpt_parts_and_developers_are_read_as_the_same_conversation(made):
         ("messages", {"messages": [{"role": "tool", "content": "1"}]}, ["messages[0]", "tool"]),
         ("messages", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, ["messages[0]", "not text"]),
         ("messages", {"messages": CHAT[:2]}, ["rows.jsonl", "assistant", "no loss is left"]),
+        (
+            "messages",
+            {"messages": [{"role": "user", "content": "broken \ud83d emoji"}]},
+            ["rows.jsonl:1: messages[0] has '\\ud83d' at character 7", "not Unicode text"],
+        ),
         ("alpaca", {"instruction": "a", "ouput": "b"}, ["no column 'output'", "'ouput'"]),
         ("alpaca", {"instruction": "a", "input": "", "output": " "}, ["no loss is left"]),
         ("usr_bot", {"text": "no marks"}, ["rows.jsonl:1", "<usr>", "'no marks'"]),

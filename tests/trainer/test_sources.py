@@ -5,10 +5,14 @@ import json
 import os
 import subprocess
 import sys
+from datetime import datetime
+from decimal import Decimal
 from pathlib import Path
 
+import pyarrow
 import pytest
 from dataset_hub import COMMIT, serve_dataset
+from pyarrow import parquet
 
 from loraplex_trainer.data import read_split, read_splits
 from loraplex_trainer.data_keys import DataSection, SourceSection
@@ -126,6 +130,23 @@ def test_bad_files_are_named_with_their_row(tmp_path, name, content, words):
     with pytest.raises(DataError) as refused:
         read_splits(DataSection(train=path, **PAIRS))
     assert all(word in str(refused.value) for word in words), refused.value
+
+
+def test_bytes_are_not_trained_as_python_shows_them(tmp_path):
+    """Spark writes text as binary unless told otherwise; `b'b'` was learnt of it."""
+    path = tmp_path / "rows.parquet"
+    parquet.write_table(pyarrow.table({"quote": ["a"], "tags": [b"b"]}), path)
+    with pytest.raises(DataError, match=r"rows\.parquet:1: column 'tags' is \"b'b'\"; text, a number"):
+        read_splits(DataSection(train=path, **PAIRS))
+
+
+def test_dates_and_decimals_are_text(tmp_path):
+    path = tmp_path / "rows.parquet"
+    at = datetime(2024, 2, 29, 12, 30)
+    table = {"quote": [at], "tags": [[Decimal("1.50"), Decimal("2.00")]], "day": [at.date()], "time": [at.time()]}
+    parquet.write_table(pyarrow.table(table), path)
+    split = read_split(path, DataSection(train=path, prompt="{quote} {day} {time}", completion=" {tags}"))
+    assert (split.prompts, split.completions) == (("2024-02-29 12:30:00 2024-02-29 12:30:00",), (" 1.50, 2.00",))
 
 
 @pytest.mark.parametrize(

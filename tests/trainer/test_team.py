@@ -43,6 +43,25 @@ def test_a_step_is_shared_out_whole():
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"RANK": "x"}, "no WORLD_SIZE"),
+        ({"RANK": "1"}, "RANK=1 and no WORLD_SIZE"),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, "no LOCAL_RANK"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "no MASTER_ADDR"),
+        ({"WORLD_SIZE": "x"}, "WORLD_SIZE='x': a whole number"),
+        ({"RANK": "-1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "RANK='-1'"),
+        ({"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "rank below"),
+    ],
+)
+def test_an_environment_that_no_torchrun_made_is_told(write_run, train, monkeypatch, environment, words):
+    """They were tracebacks, or nothing at all: RANK=1 takes a process for one that leaves the talking to another."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert words in train(write_run(), exit_code=2).stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 @pytest.mark.parametrize("processes", [2, 3])

@@ -17,7 +17,8 @@ from rich.console import Console
 from loraplex_server.engine.errors import BaseNotFound, BaseUnusable, EngineError
 from loraplex_server.engine.upstream import quiet
 from loraplex_trainer.beside import check_together
-from loraplex_trainer.errors import Interrupted, TrainerError
+from loraplex_trainer.errors import ConfigError, Interrupted, TrainerError
+from loraplex_trainer.launch import read_launch
 from loraplex_trainer.run_file import load_config
 from loraplex_trainer.run_schema import FILE as SCHEMA
 
@@ -55,6 +56,10 @@ def train(arguments: tuple[str, ...], resume: bool, checking: bool, no_timing: b
 
     KEY=VALUE sets a key, such as training.learning_rate=1e-3, in every file.
     """
+    if checking and resume:
+        raise click.UsageError("--resume goes on with a run, and --check trains nothing: leave one out")
+    if no_timing and not checking:
+        raise click.UsageError("--no-timing is for --check: a run is not timed beforehand")
     files, overrides = _files_and_overrides(arguments)
     console = Console(highlight=False, quiet=_is_follower())
     go_on = shlex.join(["loraplex", "train", *arguments, "--resume"])
@@ -107,7 +112,7 @@ def _files_and_overrides(arguments: Sequence[str]) -> tuple[list[Path], list[str
 
 
 def _is_file(text: str) -> bool:
-    # pathlib's raises for a text longer than a name can be, such as a template.
+    """Also of an override, which may be too long for a name: Path.is_file would raise."""
     return os.path.isfile(text)  # noqa: PTH113
 
 
@@ -139,7 +144,10 @@ RunOrWord.words = {"presets": presets, "schema": schema}
 
 def _is_follower() -> bool:
     """Whether torchrun started this process beside a first one, which speaks for all."""
-    return int(os.environ.get("RANK", "0")) > 0
+    try:
+        return read_launch().rank > 0
+    except ConfigError:  # which whoever starts the run is told
+        return False
 
 
 def end(message: str, exit_code: int) -> NoReturn:

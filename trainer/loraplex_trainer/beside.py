@@ -1,17 +1,17 @@
 """What runs must have in common to be trained together, read from their files. Knows no torch: it is said at once."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from loraplex_trainer.config import RunConfig
 from loraplex_trainer.errors import ConfigError
+from loraplex_trainer.launch import read_launch
 
 
 def check_together(files: Sequence[Path], configs: Sequence[RunConfig]) -> None:
     """Raises ConfigError for runs that cannot share a base; it names key, values and files."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if read_launch().size > 1:
         raise ConfigError("several run files are trained together by one process: start them without torchrun")
     first, *others = zip(files, configs, strict=True)
     for file, config in others:

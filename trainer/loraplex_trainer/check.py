@@ -24,7 +24,6 @@ from loraplex_trainer.encoding import Example, encoder_for
 from loraplex_trainer.loop import Loop
 from loraplex_trainer.memory import MemoryEstimate, base_bytes, estimate_memory, gib
 from loraplex_trainer.parent import find_parent
-from loraplex_trainer.places import check_places
 from loraplex_trainer.progress import duration, say
 from loraplex_trainer.run import Material, build_loop, encode_splits, rows_of
 from loraplex_trainer.schedule import count_steps

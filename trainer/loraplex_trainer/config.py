@@ -88,6 +88,14 @@ class RunConfig(Section):
             raise ValueError(f"push.{min(given)}: nothing is pushed unless push.every is save, epoch or end")
         return self
 
+    @model_validator(mode="after")
+    def _a_registry_has_its_use(self) -> Self:
+        if self.registry is not None and self.continue_from is None and self.push.every == "never":
+            raise ValueError(
+                f"registry: {self.registry!r}: nothing is looked up or pushed there: set continue_from or push.every"
+            )
+        return self
+
     @property
     def folder(self) -> Path:
         """Where the finished adapter lies."""

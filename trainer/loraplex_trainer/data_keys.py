@@ -3,11 +3,12 @@
 A path, a list, a share or a source is told by its value alone, so that a mistake is explained by what was meant.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Discriminator, Field, PositiveInt, Tag, field_validator, model_validator
+from pydantic import AfterValidator, Discriminator, Field, PositiveInt, Tag, field_validator, model_validator
 
 from loraplex_server.engine.chat_templates import NAMES
 from loraplex_trainer.sections import Section
@@ -22,6 +23,15 @@ class SourceSection(Section):
     config: str | None = None
     revision: str | None = None
     split: str = "train"
+
+
+_SHARE = r"^[0-9]{1,2}(\.[0-9]+)?%$"
+
+
+def _checked_share(share: str) -> str:
+    if not re.fullmatch(_SHARE, share):
+        raise ValueError("a share below 100% is expected, such as 5% or 2.5%")
+    return share
 
 
 def _kind_of_source(value: object) -> str:
@@ -39,9 +49,16 @@ def _kind_of_heldout(value: object) -> str:
 # The kind is told by the value alone, so that a mistake is explained by what was meant. Tags never reach a message.
 _Path = Annotated[Path, Tag("<path>")]
 _One = Annotated[SourceSection, Tag("<source>")]
-_Either = Annotated[_Path | _One, Discriminator(_kind_of_source)]
+_Either = Annotated[
+    _Path | _One,
+    Discriminator(
+        _kind_of_source,
+        custom_error_type="no_source",
+        custom_error_message="a path, or a source such as {path: file.jsonl}; lists are not nested",
+    ),
+]
 _Several = Annotated[tuple[_Either, ...], Field(min_length=1), Tag("<list>")]
-_Share = Annotated[str, Field(pattern=r"^[0-9]{1,2}(\.[0-9]+)?%$"), Tag("<share>")]
+_Share = Annotated[str, AfterValidator(_checked_share), Field(json_schema_extra={"pattern": _SHARE}), Tag("<share>")]
 Sources = Annotated[_Path | _One | _Several, Discriminator(_kind_of_source)]
 Heldout = Annotated[
     _Path | _One | _Several | _Share | Annotated[PositiveInt, Tag("<count>")], Discriminator(_kind_of_heldout)

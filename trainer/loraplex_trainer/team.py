@@ -18,6 +18,7 @@ import torch.distributed as dist
 from loraplex_trainer.config import RunConfig
 from loraplex_trainer.deepspeed_json import read_deepspeed
 from loraplex_trainer.errors import ConfigError
+from loraplex_trainer.launch import read_launch
 from loraplex_trainer.sections import BaseSection
 
 if TYPE_CHECKING:
@@ -165,15 +166,16 @@ def join_team(config: RunConfig) -> Team:
                 "started: start them with torchrun --nproc-per-node N -m loraplex_trainer RUN_YAML"
             )
         return ALONE
-    rank, size, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    launch = read_launch()
+    rank, size = launch.rank, launch.size
     on_gpu = device != "cpu" and torch.cuda.is_available()
     if on_gpu:
-        if local >= torch.cuda.device_count():
+        if launch.local_rank >= torch.cuda.device_count():
             raise ConfigError(
-                f"{os.environ['LOCAL_WORLD_SIZE']} processes were started on this machine, which has "
+                f"{os.environ.get('LOCAL_WORLD_SIZE', size)} processes were started on this machine, which has "
                 f"{torch.cuda.device_count()} GPUs: start one for each (torchrun --nproc-per-node)"
             )
-        torch.cuda.set_device(local)
+        torch.cuda.set_device(launch.local_rank)
     if (size > 1 or strategy != "ddp") and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
     if strategy == "fsdp":

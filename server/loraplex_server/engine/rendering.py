@@ -6,9 +6,12 @@ torch, no files and no HTTP.
 
 import difflib
 import json
+import math
 import re
 import string
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import date, time
+from decimal import Decimal
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -209,9 +212,27 @@ def column_of(columns: Mapping[str, Any], column: str) -> Any:
 def text_of(columns: Mapping[str, Any], column: str) -> str:
     """The text of a column; a list is joined with ", ". Raises InvalidRequest as column_of, and for what is no text."""
     value = column_of(columns, column)
-    if value is None or isinstance(value, Mapping):
-        raise InvalidRequest(f"column {column!r} is {_short(value)}; text, a number or a list is expected", "inputs")
-    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    if not all(map(_has_text, value if isinstance(value, list | tuple) else [value])):
+        raise InvalidRequest(
+            f"column {column!r} is {_short(value)}; text, a number, a date or a list of those is expected", "inputs"
+        )
+    text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    return _unicode(text, f"column {column!r}", "inputs")
+
+
+def _has_text(value: Any) -> bool:
+    """Whether what str makes of it is what stands in the data, not Python's way of showing it."""
+    return isinstance(value, str | int | date | time | Decimal) or (isinstance(value, float) and math.isfinite(value))
+
+
+def _unicode(text: str, what: str, field: str) -> str:
+    """The text. Raises InvalidRequest for half a surrogate pair, which JSON can spell and no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        told = f"{text[error.start]!a} at character {error.start}, which is not Unicode text"
+        raise InvalidRequest(f"{what} has {told}", field) from error
+    return text
 
 
 def _message(message: Any, where: str, field: str) -> Message:
@@ -228,7 +249,7 @@ def _message(message: Any, where: str, field: str) -> Message:
         content = _joined(content, where, field)
     if not isinstance(content, str):
         raise InvalidRequest(f"{where} has the content {_short(content)}, expected text", field)
-    return {"role": role, "content": content}
+    return {"role": role, "content": _unicode(content, where, field)}
 
 
 def _joined(parts: Sequence[Any], where: str, field: str) -> str:
