@@ -89,7 +89,7 @@ def settings(tmp_path: Path, base_folder: Path) -> dict[str, Any]:
         },
         "lora": {"rank": 4, "alpha": 8},
         "training": {"max_steps": 6, "batch_size": 8, "learning_rate": 1e-2, "log_every_steps": 1},
-        "evaluation": {"general": "none", "samples": 0, "goldens": 0},
+        "evaluation": {"general": "none", "samples": 0, "goldens": 0, "max_tokens": 4},
         "output": str(tmp_path / "adapters"),
     }
 

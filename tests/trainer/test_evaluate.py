@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import httpx
 import pytest
@@ -106,6 +107,37 @@ def test_a_4_bit_base_is_scored_in_4_bit(write_run, train, receipt):
     assert receipt()["metrics"]["stop_rate"] > 0.8
 
 
+def test_without_a_metric_the_stop_rate_is_that_with_one(write_run, train, receipt, settings):
+    """Of the first 64 held-out prompts; those after them are of a kind whose answers do not end."""
+    rows = Path(settings["data"]["heldout"]).read_text().splitlines()
+    strange = [json.dumps({"quote": "@" * 200, "tags": []})] * 16
+    Path(settings["data"]["heldout"]).write_text("\n".join(rows * 8 + strange))
+    train(write_run(training=LEARN, evaluation={**SHORT, "examples": 64}))
+    train(write_run(name="none", training=LEARN, evaluation=SHORT | {"metric": "none"}))
+    scored, plain = (receipt(name)["metrics"] for name in ("tagger", "none"))
+    assert plain.keys() == {"heldout_loss", "base_heldout_loss", "stop_rate", "base_stop_rate"}
+    assert {key: plain[key] for key in ("stop_rate", "base_stop_rate")} == {
+        key: scored[key] for key in ("stop_rate", "base_stop_rate")
+    }
+    assert plain["stop_rate"] > 0.8
+
+
+def test_rows_of_text_ask_nothing_and_have_no_stop_rate(write_run, train, receipt, tmp_path):
+    (tmp_path / "text.txt").write_text("the river and the stone\nthe lantern and the harbor\n" * 4)
+    text = str(tmp_path / "text.txt")
+    train(write_run(data={"train": text, "heldout": text, "form": "text", "max_tokens": 64}))
+    assert receipt()["metrics"].keys() == {"heldout_loss", "base_heldout_loss"}
+
+
+@pytest.mark.parametrize("changes", [{"evaluation__samples": 3, "data__heldout": None}, {}], ids=["samples", "heldout"])
+@pytest.mark.parametrize("check", [(), ("--check", "--no-timing")], ids=["run", "check"])
+def test_answers_that_fill_the_context_are_refused_before_training(write_run, train, changes, check):
+    """The card had no samples then, and nothing said so."""
+    result = train(write_run(**changes, evaluation__max_tokens=256), *check, exit_code=2)
+    assert result.stderr.startswith("error: evaluation.max_tokens: 256: expected less than the 256 tokens")
+    assert "step 1/" not in result.stdout
+
+
 def test_prompts_without_room_for_an_answer_are_refused_before_training(write_run, train):
     result = train(write_run(evaluation={"metric": "tag_f1", "max_tokens": 250}), exit_code=2)
     assert "evaluation.max_tokens = 250" in result.stderr and "256" in result.stderr
@@ -200,9 +232,15 @@ def test_rouge_l_knows_words_of_any_alphabet():
     assert rouge_l(["고양이가 앉았다", "강"], ["고양이가 앉았다", "산"])["rouge_l"] == pytest.approx(0.5)
 
 
-def test_fewer_examples_can_be_scored(write_run, train, receipt):
-    train(write_run(evaluation={**SHORT, "examples": 1, "metric": "exact_match"}))
-    assert receipt()["metrics"]["stop_rate"] in (0.0, 1.0)
+def test_fewer_examples_can_be_scored(write_run, train, receipt, settings, tmp_path):
+    """The first ones: the scores are those of a file that holds no others."""
+    rows = Path(settings["data"]["heldout"]).read_text().splitlines()
+    (tmp_path / "two.jsonl").write_text("\n".join(rows[:2]))
+    evaluation = SHORT | {"metric": "rouge_l", "examples": 2}
+    train(write_run(evaluation=evaluation, training=LEARN))
+    train(write_run(name="two", evaluation=evaluation, training=LEARN, data__heldout=str(tmp_path / "two.jsonl")))
+    assert receipt()["metrics"] == receipt("two")["metrics"]
+    assert receipt()["metrics"]["heldout_loss"] != pytest.approx(receipt()["losses"]["heldout"], abs=1e-3)  # of all
 
 
 def test_the_goldens_are_what_transformers_and_peft_say(write_run, train, receipt, base_folder, tmp_path):

@@ -112,14 +112,24 @@ def test_32_bit_adam_is_the_same_adam_and_its_settings_reach_it(write_run, train
     assert heldout("unclipped", max_grad_norm=None) == pytest.approx(heldout("high", max_grad_norm=1e9), abs=1e-6)
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant_with_warmup", "inverse_sqrt", "cosine_with_min_lr"])
+@pytest.mark.parametrize(
+    ("schedule", "ours", "options"),
+    [
+        ("cosine", {}, {}),
+        ("linear", {}, {}),
+        ("constant_with_warmup", {}, {}),
+        ("inverse_sqrt", {}, {}),
+        ("cosine_with_min_lr", {"min_lr_ratio": 0.25}, {"min_lr_rate": 0.25}),
+        ("cosine_with_restarts", {}, {}),
+        ("cosine_with_restarts", {"cycles": 3}, {"num_cycles": 3}),
+        ("polynomial", {}, {"lr_end": 0.0}),
+        ("polynomial", {"power": 2.5}, {"power": 2.5, "lr_end": 0.0}),
+    ],
+)
 @pytest.mark.parametrize("warmup", [0, 10])
-def test_after_the_warm_up_the_rate_is_transformers_own(write_run, schedule, warmup):
+def test_after_the_warm_up_the_rate_is_transformers_own(write_run, schedule, ours, options, warmup):
     """Theirs begins the warm-up at a rate of zero, which wastes a step; from its end on the two are one."""
-    training = {"schedule": schedule, "warmup_steps": warmup, "learning_rate": 2e-4}
-    options = {}
-    if schedule == "cosine_with_min_lr":
-        training["min_lr_ratio"] = options["min_lr_rate"] = 0.25
+    training = {"schedule": schedule, "warmup_steps": warmup, "learning_rate": 2e-4} | ours
     config = load_config(write_run(training=training))
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=2e-4)
     theirs = get_scheduler(schedule, optimizer, warmup, 100, scheduler_specific_kwargs=options)
@@ -128,9 +138,9 @@ def test_after_the_warm_up_the_rate_is_transformers_own(write_run, schedule, war
         rates.append(theirs.get_last_lr()[0])
         optimizer.step()
         theirs.step()
-    ours = [scheduled_rate(step, 100, config.training) for step in range(100)]
-    assert ours[warmup:] == pytest.approx(rates[warmup:])
-    assert ours[:warmup] == pytest.approx([2e-4 * (step + 1) / 10 for step in range(warmup)])
+    found = [scheduled_rate(step, 100, config.training) for step in range(100)]
+    assert found[warmup:] == pytest.approx(rates[warmup:])
+    assert found[:warmup] == pytest.approx([2e-4 * (step + 1) / 10 for step in range(warmup)])
 
 
 @pytest.mark.parametrize(
@@ -241,6 +251,8 @@ def test_a_checkpoint_every_epoch(write_run, tmp_path):
         (["training.optimizer=sgd", "training.betas=[0.9, 0.99]"], ["training.betas", "'sgd'", "adamw"]),
         (["training.momentum=0.9"], ["training.momentum", "'adamw'", "sgd"]),
         (["training.min_lr_ratio=0.2"], ["training.min_lr_ratio", "'cosine'", "cosine_with_min_lr"]),
+        (["training.cycles=3"], ["training.cycles", "'cosine'", "cosine_with_restarts"]),
+        (["training.power=2"], ["training.power", "'cosine'", "polynomial"]),
         (["training.warmup_steps=3", "training.warmup_ratio=0.1"], ["warmup_steps", "warmup_ratio"]),
         (["training.keep=best"], ["training.keep", "training.evaluate_every"]),
         (["training.early_stopping={patience: 2}"], ["training.early_stopping", "training.evaluate_every"]),

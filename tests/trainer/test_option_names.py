@@ -89,6 +89,12 @@ def test_the_settings_of_the_seven_billion_run_under_their_old_names(load):
             "training.min_lr_ratio",
             0.2,
         ),
+        (
+            {"lr_scheduler_type": "cosine_with_restarts", "lr_scheduler_kwargs": {"num_cycles": 4}},
+            "training.cycles",
+            4,
+        ),
+        ({"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"power": 2.0}}, "training.power", 2.0),
         ({"cosine_min_lr_ratio": 0.3}, "training.schedule", "cosine_with_min_lr"),
         ({"save_strategy": "steps", "save_steps": 9}, "training.save_every", 9),
         ({"save_strategy": "epoch", "save_steps": 9}, "training.save_every", "epoch"),

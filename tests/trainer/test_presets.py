@@ -33,7 +33,10 @@ def preset(train, tmp_path):
 def test_they_are_listed_with_what_they_are(train):
     lines = train("presets").stdout.splitlines()
     assert [line.split()[0] for line in lines] == NAMES == sorted(file.stem for file in PRESETS.iterdir())
-    assert all(len(line.split()) > 5 for line in lines)
+    for line in lines:  # one whole sentence each, over as many lines as it takes in the file
+        name, told = line.split(maxsplit=1)
+        words = " ".join((PRESETS / f"{name}.yaml").read_text().replace("\n# ", " ").removeprefix("# ").split())
+        assert told.endswith(".") and words.startswith(told) and told.count(". ") == 0
 
 
 @pytest.mark.parametrize("name", NAMES)

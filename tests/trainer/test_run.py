@@ -175,7 +175,8 @@ def test_the_receipt_says_what_the_adapter_was_made_of(write_run, train, receipt
     assert written["versions"]["torch"] == torch.__version__ and written["versions"]["bitsandbytes"]
     assert written["losses"]["train_last"] < written["losses"]["train_first"]
     assert written["losses"]["heldout"] > 0 and written["parent"] is None
-    assert written["metrics"].keys() == {"heldout_loss", "base_heldout_loss"} and written["goldens"] == []
+    names = {"heldout_loss", "stop_rate"}
+    assert written["metrics"].keys() == names | {f"base_{name}" for name in names} and written["goldens"] == []
     assert written["wall_seconds"] > 0 and written["peak_memory_bytes"] > 50_000_000
     assert written["hardware"]["cores"] >= 1 and written["hardware"]["cpu"]
     assert socket.gethostname() not in json.dumps(written["hardware"])

@@ -4,10 +4,12 @@ Exit codes: 0 done; 1 failed on the way; 2 run file, data or checkpoint wrong, b
 """
 
 import os
+import re
 import shlex
 import sys
 from collections.abc import Sequence
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import NoReturn
 
@@ -132,11 +134,17 @@ def presets(name: str | None) -> None:
     files = {file.stem: file for file in sorted(PRESETS.glob("*.yaml"))}
     if name is None:
         for stem, file in files.items():
-            click.echo(f"{stem:<22}{file.read_text(encoding='utf-8').splitlines()[0].removeprefix('# ')}")
+            click.echo(f"{stem:<22}{_first_sentence(file.read_text(encoding='utf-8'))}")
     elif name in files:
         click.echo(files[name].read_text(encoding="utf-8"), nl=False)
     else:
         end(f"error: there is no preset {name!r}; there are {', '.join(files)}", 2)
+
+
+def _first_sentence(run_file: str) -> str:
+    """Of the comment that a preset begins with, over as many lines as it takes."""
+    lines = takewhile(lambda line: line.startswith("# "), run_file.splitlines())
+    return re.split(r"(?<=\.)\s", " ".join(line.removeprefix("# ") for line in lines))[0]
 
 
 RunOrWord.words = {"presets": presets, "schema": schema}

@@ -35,6 +35,7 @@ GOLDEN_TOP = 10  # likeliest next tokens that are written down
 _TEXT_CHARACTERS = 200  # of a golden prompt, as people read it
 _ASKED = 256  # samples among which golden prompts and those of the card are looked for
 _WINDOW_TOKENS, _WINDOWS = 256, 64  # general text is scored in pieces, and so many at most
+_STOPPING = 64  # answers that tell the stop rate, where no metric asks for more
 
 
 @dataclass(frozen=True)
@@ -105,8 +106,7 @@ def evaluate(
     metrics: dict[str, float] = {}
     if heldout:
         metrics |= _both("heldout_loss", judge.losses(heldout.examples[: wanted.examples]))
-    if plan.metric:
-        metrics |= _task_metrics(judge, plan.metric, encoder, splits["heldout"].samples[: wanted.examples], greedy)
+        metrics |= _answered(judge, plan.metric, encoder, splits["heldout"].samples[: wanted.examples], greedy)
     if plan.general and config.base.task == "causal":  # an encoder-decoder has no loss on text that answers nothing
         metrics |= _both("general_loss", judge.losses(_windows(plan.general, tokenizer, judge.max_tokens)))
     name = "heldout" if heldout else "train"
@@ -149,16 +149,22 @@ def rows(metrics: dict[str, float], trainer_loss: float | None) -> Iterator[tupl
             yield name, "" if base is None else f"{base:.4f}", f"{value:.4f}"
 
 
-def _task_metrics(
-    judge: Judge, metric: Metric, encoder: Encoder, samples: Sequence[forms.Sample], greedy: SamplingParams
+def _answered(
+    judge: Judge, metric: Metric | None, encoder: Encoder, samples: Sequence[forms.Sample], greedy: SamplingParams
 ) -> dict[str, float]:
     """Greedy answers to the held-out questions: the metric's numbers, `stop_rate`, and both again for the base."""
     questions = [question for sample in samples if (question := encoder.question(sample))]
+    if metric is None:
+        questions = questions[:_STOPPING]
+    if not questions:  # plain text asks nothing
+        return {}
     truths = [question.answer for question in questions]
-    answers, base_answers = judge.answers([question.prompt_ids for question in questions], greedy)
-    base = metric([answer.text for answer in base_answers], truths) | {"stop_rate": _stop_rate(base_answers)}
+    room = judge.max_tokens - greedy.max_tokens
+    answers, base_answers = judge.answers([question.prompt_ids[-room:] for question in questions], greedy)
+    score = metric or (lambda _answers, _truths: {})
+    base = score([answer.text for answer in base_answers], truths) | {"stop_rate": _stop_rate(base_answers)}
     return {
-        **metric([answer.text for answer in answers], truths),
+        **score([answer.text for answer in answers], truths),
         "stop_rate": _stop_rate(answers),
         **{f"base_{key}": value for key, value in base.items()},
     }
@@ -179,8 +185,6 @@ def _samples(
     judge: Judge, prompts: Sequence[list[int]], greedy: SamplingParams, config: RunConfig
 ) -> tuple[Sample, ...]:
     wanted, room = config.evaluation, judge.max_tokens - greedy.max_tokens
-    if room < 1:
-        return ()
     drawn = replace(greedy, temperature=wanted.sample_temperature, top_p=wanted.sample_top_p)
     seeds = [(config.training.seed + number) % 2**63 for number in range(len(prompts))]
     params = [replace(drawn, seed=seed) for seed in seeds]

@@ -177,7 +177,8 @@ INSTEAD = {
     "hub_model_id": "push the finished adapter: registry hub push NAME:N OWNER/REPO",
     "hub_token": "log in once with `hf auth login`",
     "token": "log in once with `hf auth login`",
-    "lr_scheduler_kwargs": "only {min_lr_rate: …} is understood, as training.min_lr_ratio",
+    "lr_scheduler_kwargs": "{min_lr_rate: …}, {power: …} and, with restarts, {num_cycles: …} alone are understood, "
+    "as training.min_lr_ratio, training.power and training.cycles",
     "neftune_noise_alpha": "noise on the embeddings is not to be had",
     "resume_from_checkpoint": "start the command with --resume",
     "save_strategy": "training.save_every is a number of steps, or epoch",
@@ -316,8 +317,13 @@ def _warmup(steps: Any, theirs: Settings) -> Ours:
     return {key: steps}
 
 
-def _scheduler_options(options: Any, _: Settings) -> Ours | None:
-    return {"training.min_lr_ratio": options["min_lr_rate"]} if list(options) == ["min_lr_rate"] else None
+def _scheduler_options(options: Any, theirs: Settings) -> Ours | None:
+    """`num_cycles` is another thing to their plain `cosine`: how many waves, up again too."""
+    known = {"min_lr_rate": "training.min_lr_ratio", "power": "training.power"}
+    if "cosine_with_restarts" in (theirs.get("lr_scheduler_type"), theirs.get("lr_scheduler")):
+        known["num_cycles"] = "training.cycles"
+    keys = list(options)
+    return {known[keys[0]]: options[keys[0]]} if len(keys) == 1 and keys[0] in known else None
 
 
 # Their name: our keys, from the value and their other options; None for a value that is not understood.

@@ -169,6 +169,12 @@ def encode_splits(
         raise ConfigError(
             f"data.max_tokens: {limit}: more than the {base.context_tokens} tokens of context of {base.id}{beside}"
         )
+    asks = "heldout" in splits and config.data.form != "text"
+    if (asks or config.evaluation.samples) and config.evaluation.max_tokens >= room:
+        raise ConfigError(
+            f"evaluation.max_tokens: {config.evaluation.max_tokens}: expected less than the {room} tokens that "
+            f"{base.id} has room for, so that some are left for a prompt"
+        )
     if "heldout" in splits and config.evaluation.metric != "none":
         asked = [question for sample in splits["heldout"].samples if (question := encoder.question(sample))]
         if not asked:

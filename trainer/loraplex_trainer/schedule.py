@@ -31,6 +31,10 @@ def scheduled_rate(step: int, total_steps: int, training: TrainingSection) -> fl
             factor = cosine
         case "cosine_with_min_lr":
             factor = training.min_lr_ratio + (1.0 - training.min_lr_ratio) * cosine
+        case "cosine_with_restarts":
+            factor = 0.5 * (1.0 + math.cos(math.pi * (training.cycles * done % 1.0)))
+        case "polynomial":
+            factor = (1.0 - done) ** training.power
         case "inverse_sqrt":
             timescale = warmup_steps or 10_000  # as transformers has it
             factor = math.sqrt(timescale / (step - warmup_steps + timescale))

@@ -139,12 +139,21 @@ class TrainingSection(Section):
     momentum: Momentum = 0.0
     weight_decay: NonNegativeFloat = 0.0
     max_grad_norm: PositiveFloat | None = 1.0
-    schedule: Literal["cosine", "linear", "constant", "constant_with_warmup", "cosine_with_min_lr", "inverse_sqrt"] = (
-        "cosine"
-    )
+    schedule: Literal[
+        "cosine",
+        "linear",
+        "constant",
+        "constant_with_warmup",
+        "cosine_with_min_lr",
+        "cosine_with_restarts",
+        "polynomial",
+        "inverse_sqrt",
+    ] = "cosine"
     warmup_ratio: Ratio = 0.05
     warmup_steps: NonNegativeInt | None = None
     min_lr_ratio: Ratio = 0.1
+    cycles: PositiveInt = 1
+    power: PositiveFloat = 1.0
     gradient_checkpointing: bool = False
     seed: int = Field(default=42, ge=0, lt=2**63)
     save_every: Every = 50
@@ -163,6 +172,8 @@ class TrainingSection(Section):
             ("eps", "optimizer", self.optimizer, ADAM),
             ("momentum", "optimizer", self.optimizer, ("sgd",)),
             ("min_lr_ratio", "schedule", self.schedule, ("cosine_with_min_lr",)),
+            ("cycles", "schedule", self.schedule, ("cosine_with_restarts",)),
+            ("power", "schedule", self.schedule, ("polynomial",)),
         ):
             if key in changed and chosen not in choices:
                 return f"training.{key}: it is nothing to training.{choice} = {chosen!r}, only to {', '.join(choices)}"
