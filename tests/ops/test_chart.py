@@ -222,7 +222,9 @@ def test_selectors_find_their_own_pods_alone(chart: Any, values: dict[str, Any])
 
 
 def test_a_values_file_with_every_default_is_accepted(chart: Any, folder: Path):
-    chart.validate_schema(yaml.safe_load((folder / "values.yaml").read_text()))
+    defaults = yaml.safe_load((folder / "values.yaml").read_text())
+    chart.validate_schema(defaults)
+    assert render(chart, defaults) == render(chart)
 
 
 def leaves(values: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:

@@ -81,7 +81,7 @@ def of_adapter(layer: LoraLayer, name: str) -> dict:
     return plain | {a: (repr(m), m.training) for a, m in modules.items()}
 
 
-def same_as_peft(base_folder: Path, device: DeviceAdapters, adapter: Path) -> None:
+def assert_same_as_peft(base_folder: Path, device: DeviceAdapters, adapter: Path) -> None:
     expected = PeftModel.from_pretrained(base_of(base_folder), adapter, adapter_name="ref")
     theirs = layers(expected.base_model.model)
     name = device._held[adapter.name].name
@@ -110,7 +110,10 @@ def test_an_installed_adapter_is_what_peft_makes_of_it(tmp_path, base_folder, ki
         put(device, read(make_adapter(tmp_path / name, base_folder, rank=3, targets=["q_proj", "down_proj"], seed=9)))
     folder = make_adapter(tmp_path / kind, base_folder, **KINDS[kind])
     put(device, read(folder))
-    same_as_peft(base_folder, device, folder)
+    assert_same_as_peft(base_folder, device, folder)
+    assert not torch.equal(logits(device.model), logits(base_of(base_folder))), (
+        "without effect, it proves nothing"
+    )
 
 
 def test_modules_of_one_that_left_are_filled_by_the_next_of_its_configuration_alone(tmp_path, base_folder):
@@ -134,7 +137,8 @@ def test_gpt2_s_transposed_layers_too(tmp_path):
     for name, targets in (("one", "all-linear"), ("two", ["c_attn"])):
         folder = make_adapter(tmp_path / name, base_folder, targets=targets)
         put(device, read(folder))
-        same_as_peft(base_folder, device, folder)
+        assert_same_as_peft(base_folder, device, folder)
+        assert not torch.equal(logits(device.model), logits(base_of(base_folder))), name
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
@@ -178,7 +182,7 @@ def test_an_install_in_pieces_is_not_seen_before_it_is_whole(base_folder, adapte
         touched += any("adapter_1" in layer.lora_A for layer in layers(device.model).values())
     assert pieces > 14, "a piece is at most one of the model's modules"
     assert touched, "it was seen half installed, or this test proves nothing"
-    same_as_peft(base_folder, device, adapter_folders["red"])
+    assert_same_as_peft(base_folder, device, adapter_folders["red"])
 
 
 def test_a_refusal_at_any_module_takes_out_all_that_came_before(base_folder, adapter_folders):
@@ -204,7 +208,7 @@ def test_a_refusal_at_any_module_takes_out_all_that_came_before(base_folder, ada
             assert not [k for k in device.model.state_dict() if "lora_" in k and "adapter_0" not in k]
     assert len(device.model.state_dict()) == len(keys)
     put(device, whole)  # and its slot is free again
-    same_as_peft(base_folder, device, adapter_folders["red"])
+    assert_same_as_peft(base_folder, device, adapter_folders["red"])
 
 
 def test_activation_is_peft_s_set_adapter(tmp_path, base_folder, adapter_folders):
