@@ -90,6 +90,28 @@ def test_a_signal_during_a_report_still_leaves_a_checkpoint(write_run):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.parametrize("at", [5, 6], ids=["during the last step", "after it"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_the_last_step_stops_the_run_before_it_is_scored(write_run, train, number, at):
+    """It was read by nobody: the run scored, and ended as if nobody had asked it to stop."""
+
+    class Trip(io.StringIO):
+        def write(self, text: str) -> int:
+            if text.startswith(f"step {at}/"):
+                signal.raise_signal(number)
+            return super().write(text)
+
+    config, screen = load_config(run := write_run()), Trip()
+    with pytest.raises(Interrupted) as stop:
+        run_training(config, resume=False, console=Console(file=screen))
+    assert (stop.value.exit_code, stop.value.step) == (128 + number, 6)
+    assert "scoring" not in screen.getvalue()
+    assert [path.name for path in config.folder.iterdir()] == [".checkpoint"]
+    output = train(run, "--resume").output
+    assert "scoring" in output and "step 6/6" not in output
+    assert (config.folder / "receipt.json").is_file()
+
+
 @pytest.fixture
 def interrupted(write_run, train, tmp_path) -> Path:
     """A run file whose run stopped at a bad step, with the checkpoint of the step before."""

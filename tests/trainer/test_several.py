@@ -113,6 +113,23 @@ def test_an_interruption_saves_all_and_all_go_on(files, train, tmp_path):
         assert all(torch.equal(tensor, whole[key]) for key, tensor in found.items()), name
 
 
+def test_a_signal_in_the_last_step_of_all_stops_them_before_they_are_scored(files, train, tmp_path):
+    runs = files("small", "wide", training__log_every_steps=1)
+
+    class Trip(io.StringIO):
+        def write(self, text: str) -> int:
+            if text.startswith("small: step 8/8"):
+                signal.raise_signal(signal.SIGTERM)
+            return super().write(text)
+
+    with pytest.raises(Interrupted) as stop:
+        train_several([load_config(run) for run in runs], resume=False, console=Console(file=Trip()))
+    assert stop.value.exit_code == 143
+    assert not list(tmp_path.glob("adapters/*/receipt.json"))
+    train(*runs, "--resume")
+    assert len(list(tmp_path.glob("adapters/*/receipt.json"))) == 2
+
+
 def test_layers_that_are_computed_again_know_whose_tokens_they_are(files, train, tmp_path):
     """With dropout: what is drawn the second time must be what was drawn the first."""
     found = []

@@ -60,7 +60,13 @@ class Session:
         with stop_signals() as stopped, bars(self.console) as bar, self.at_work(stopped, bar) as after_step:
             if not self.is_over:
                 self.loop.run(after_step)
+        if self.loop.team.any(bool(stopped)):  # in the last step, or since
+            raise self.interrupted(stopped)
         return self.settle()
+
+    def interrupted(self, stopped: list[int]) -> Interrupted:
+        """What ends a run that was asked to stop and has saved its step; `stopped`: the signals that came here."""
+        return Interrupted(stopped[0] if stopped else signal.SIGTERM, self.loop.step)
 
     @property
     def is_over(self) -> bool:
@@ -125,8 +131,8 @@ class Session:
                     self._save()
                 if push_due and self.pushes and not finished:
                     self.pushes.add(DRAFT, loop.step, self._write_draft)
-        if stopping and not finished:
-            raise Interrupted(stopped[0] if stopped else signal.SIGTERM, loop.step)
+        if stopping:
+            raise self.interrupted(stopped)
         return finished
 
     def _save(self) -> None:

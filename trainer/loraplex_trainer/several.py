@@ -119,6 +119,8 @@ def _train_adapters(jobs: Sequence[Job], console: Console) -> tuple[dict[str, Tr
     for error in failures.values():
         if isinstance(error, Interrupted):
             raise error
+    if stopped:  # in the last step of all, or since
+        raise sessions[-1].interrupted(stopped)
     trained = {}
     for job, session in zip(jobs, sessions, strict=True):
         if job.name not in failures:
