@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import modeling_utils
 
 from loraplex_server.engine.model import load_base
 from loraplex_trainer.data import encode_split, epoch_order, read_split
@@ -79,15 +80,38 @@ def test_out_of_memory_says_what_to_lower_and_that_is_enough(write_run, train, e
 def test_a_base_that_does_not_fit_is_told_with_what_would(
     write_run, train, tmp_path, monkeypatch, quantization, advice
 ):
-    def no_room(*_: object, **__: object) -> None:
+    load = modeling_utils.convert_and_load_state_dict_in_model  # pyright: ignore[reportPrivateImportUsage]
+
+    def no_room(load_config: Any, **more: Any) -> Any:
+        if load_config.device_map == {"": "meta"}:
+            return load(load_config=load_config, **more)
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     run = write_run(base__quantization=quantization)
-    monkeypatch.setattr("transformers.modeling_utils.convert_and_load_state_dict_in_model", no_room)
+    monkeypatch.setattr(modeling_utils, "convert_and_load_state_dict_in_model", no_room)
     error = train(run, exit_code=1).stderr
     assert "error: base.model: " in error and "does not fit into memory: " in error and " MiB of weights by " in error
     assert advice in error
     assert not (tmp_path / "adapters/tagger").exists()
+
+
+@pytest.mark.parametrize("flags", [(), ("--check", "--no-timing")], ids=["train", "check"])
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda whole: whole[:-1], "its weights are no whole safetensors files"),
+        (
+            lambda whole: whole.replace(b'"model.norm.weight"', b'"model.norm.weighs"'),
+            "lacks 1 of its weights: model.norm",
+        ),
+    ],
+)
+def test_a_base_that_is_not_whole_is_refused(write_run, train, base_folder, tmp_path, damage, words, flags):
+    """It was trained on random numbers in place of what was missing."""
+    folder = shutil.copytree(base_folder, tmp_path / "base")
+    (folder / "model.safetensors").write_bytes(damage((base_folder / "model.safetensors").read_bytes()))
+    message = train(write_run(base__model=str(folder)), *flags, exit_code=2).stderr
+    assert f"base '{folder}'" in message and words in message and message.count("\n") == 1
 
 
 def test_another_runtime_error_is_not_called_out_of_memory(write_run, train):

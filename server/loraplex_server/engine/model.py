@@ -12,6 +12,7 @@ import torch
 from bitsandbytes.functional import has_avx512bf16
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -22,6 +23,7 @@ from transformers import (
 )
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from loraplex_registry.base import BaseDescription, describe_base
 from loraplex_server.engine.errors import BaseNotFound, BaseUnusable
@@ -33,6 +35,8 @@ DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "f
 TASKS = {"causal": AutoModelForCausalLM, "seq2seq": AutoModelForSeq2SeqLM}
 # Weights and tokenizer only: never pickles, never another framework's copy of the weights.
 _HUB_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.safetensors")
+# Sizes that differ are told too, instead of transformers' own error.
+_TELLING = {"output_loading_info": True, "ignore_mismatched_sizes": True}
 
 
 @dataclass(frozen=True)
@@ -95,8 +99,8 @@ def load_base(
 
     Raises:
         BaseNotFound: no such folder or Hub repository, or it holds no language model of this task.
-        BaseUnusable: an unknown option, a device that is not there, a base of which a part would be off its GPUs, or
-            one that reads more than text.
+        BaseUnusable: an unknown option, a device that is not there, a base of which a part would be off its GPUs, one
+            that reads more than text, or whose weights are damaged, missing, or of other sizes than its config says.
     """
     if device_map is not None and device != "auto":
         raise BaseUnusable(f"device is {device!r} and device_map is {device_map!r}, expected only one of the two")
@@ -113,15 +117,20 @@ def load_base(
         config = AutoConfig.from_pretrained(folder)
         _refuse_other_senses(id_or_path, config)
         tokenizer = AutoTokenizer.from_pretrained(folder)
+        if weights or Path(id_or_path).expanduser().is_dir():
+            _refuse_incomplete(id_or_path, _told_beforehand(id_or_path, folder, config, task))
         if weights:
             placed = {"": where} if device_map is None else device_map
             options = {"dtype": compute, "quantization_config": scheme, "device_map": placed, "use_safetensors": True}
-            model = TASKS[task].from_pretrained(folder, config=config, **options)
+            model, told = TASKS[task].from_pretrained(folder, config=config, **options, **_TELLING)
+            _refuse_incomplete(id_or_path, told)
         else:
             model = _without_numbers(folder, config, task, compute)
         described = describe_base(str(folder)) if weights else describe_base(id_or_path, revision)
     except BaseUnusable:
         raise
+    except SafetensorError as error:
+        raise BaseUnusable(f"base {id_or_path!r}: its weights are no whole safetensors files: {error}") from error
     except (OSError, ValueError, KeyError) as error:
         kind = {"causal": "a causal", "seq2seq": "an encoder-decoder"}[task]
         raise BaseNotFound(f"base {id_or_path!r} cannot be loaded as {kind} language model: {error}") from error
@@ -207,6 +216,35 @@ def _refuse_other_senses(name: str, config: Any) -> None:
         raise BaseUnusable(
             f"base {name!r} is a {sense} and language model ({config.model_type}); only language models are trained "
             "and served, causal or encoder-decoder"
+        )
+
+
+def _told_beforehand(name: str, folder: Path, config: Any, task: str) -> Mapping[str, Any]:
+    """What loading says of a checkpoint, of no more than its headers: that of a quantized layer looks at no size."""
+    if hasattr(config, "quantization_config"):  # what is stored then has sizes of its own
+        return {}
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # the same table comes when it is loaded
+    try:
+        options = {"device_map": {"": "meta"}, "use_safetensors": True}
+        _, told = TASKS[task].from_pretrained(folder, config=config, **options, **_TELLING)
+    except RuntimeError as error:  # of several weights that become one, such as experts
+        raise BaseUnusable(f"base {name!r}: its weights are not those of the model in its config.json") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    return told
+
+
+def _refuse_incomplete(name: str, told: Mapping[str, Any]) -> None:
+    """What a checkpoint lacks, transformers fills with random numbers. `told` is what it says of the loading."""
+    if missing := sorted(told.get("missing_keys", ())):
+        first = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
+        raise BaseUnusable(f"base {name!r} lacks {len(missing)} of its weights: {first}")
+    if sizes := sorted(told.get("mismatched_keys", ())):
+        key, stored, expected = sizes[0]
+        raise BaseUnusable(
+            f"base {name!r}: {len(sizes)} of its weights have other sizes than its config.json says: {key} is "
+            f"{tuple(stored)}, expected {tuple(expected)}"
         )
 
 
