@@ -106,6 +106,13 @@ def test_a_4_bit_base_is_scored_in_4_bit(write_run, train, receipt):
     assert receipt()["metrics"]["stop_rate"] > 0.8
 
 
+def test_samples_without_room_for_a_prompt_are_refused_before_training(write_run, train):
+    """The card had none, and nothing said so."""
+    error = train(write_run(evaluation={"max_tokens": 256}), "--check", "--no-timing", exit_code=2).stderr
+    assert "evaluation.max_tokens: 256" in error and "256 tokens of context" in error and "evaluation.samples" in error
+    train(write_run(evaluation={"max_tokens": 256, "samples": 0}), "--check", "--no-timing")
+
+
 def test_prompts_without_room_for_an_answer_are_refused_before_training(write_run, train):
     result = train(write_run(evaluation={"metric": "tag_f1", "max_tokens": 250}), exit_code=2)
     assert "evaluation.max_tokens = 250" in result.stderr and "256" in result.stderr

@@ -163,6 +163,11 @@ def encode_splits(
         raise ConfigError(
             f"data.max_tokens: {limit}: more than the {base.context_tokens} tokens of context of {base.id}{beside}"
         )
+    if config.evaluation.samples and config.evaluation.max_tokens >= room:
+        raise ConfigError(
+            f"evaluation.max_tokens: {config.evaluation.max_tokens}: it leaves no room for the prompt of a sample in "
+            f"the {room} tokens of context of {base.id}: lower it, or set evaluation.samples to 0"
+        )
     if "heldout" in splits and config.evaluation.metric != "none":
         asked = [question for sample in splits["heldout"].samples if (question := encoder.question(sample))]
         if not asked:
