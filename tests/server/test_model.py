@@ -102,3 +102,22 @@ def test_weights_that_are_damaged_are_refused(base_folder, tmp_path, damage, wei
     (folder / "model.safetensors").write_bytes(damage((base_folder / "model.safetensors").read_bytes()))
     with pytest.raises(BaseUnusable, match="no whole safetensors files"):
         load_base(str(folder), device="cpu", weights=weights)
+
+
+@pytest.mark.parametrize("weights", [True, False])
+def test_a_base_that_is_quantized_already_is_refused(base_folder, tmp_path, weights):
+    """Whatever was asked for its layers stayed as they are stored, and receipts said what was asked for."""
+    load_base(str(base_folder), double_quantization=False, device="cpu").model.save_pretrained(tmp_path / "base")
+    for file in base_folder.glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "base")
+    with pytest.raises(BaseUnusable, match=r"is quantized already \(bitsandbytes\); expected the checkpoint that it"):
+        load_base(str(tmp_path / "base"), quantization="none", device="cpu", weights=weights)
+
+
+@pytest.mark.parametrize("weights", [True, False])
+def test_an_adapter_is_no_base_nor_is_a_base_with_one_beside_it(base_folder, adapter_folders, tmp_path, weights):
+    adapter = next(iter(adapter_folders.values()))
+    both = shutil.copytree(adapter, shutil.copytree(base_folder, tmp_path / "both"), dirs_exist_ok=True)
+    for folder in (adapter, both):
+        with pytest.raises(BaseUnusable, match=f"is an adapter of {base_folder}, or has one beside it"):
+            load_base(str(folder), device="cpu", weights=weights)

@@ -3,6 +3,7 @@
 The one function through which server, trainer and bench get a base; it knows nothing of adapters or requests.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,7 +101,8 @@ def load_base(
     Raises:
         BaseNotFound: no such folder or Hub repository, or it holds no language model of this task.
         BaseUnusable: an unknown option, a device that is not there, a base of which a part would be off its GPUs, one
-            that reads more than text, or whose weights are damaged, missing, or of other sizes than its config says.
+            that reads more than text, is quantized or adapted already, or whose weights are damaged, missing, or of
+            other sizes than its config says.
     """
     if device_map is not None and device != "auto":
         raise BaseUnusable(f"device is {device!r} and device_map is {device_map!r}, expected only one of the two")
@@ -113,9 +115,13 @@ def load_base(
         _refuse_offload(device_map)
         _refuse_absent(device_map)
     folder = _folder(id_or_path, revision, _HUB_FILES if weights else _HUB_FILES[:-1])
+    _refuse_adapted(id_or_path, folder)
+    if not (folder / "config.json").is_file():
+        raise BaseNotFound(f"base {id_or_path!r}: it has no config.json, so it is not a model")
     try:
         config = AutoConfig.from_pretrained(folder)
         _refuse_other_senses(id_or_path, config)
+        _refuse_quantized(id_or_path, config)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         if weights or Path(id_or_path).expanduser().is_dir():
             _refuse_incomplete(id_or_path, _told_beforehand(id_or_path, folder, config, task))
@@ -156,8 +162,6 @@ def _folder(id_or_path: str, revision: str | None, files: Sequence[str]) -> Path
     """The local folder of the checkpoint; a Hub id is downloaded (or found in the Hub cache) first."""
     path = Path(id_or_path).expanduser()
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise BaseNotFound(f"base {id_or_path!r}: the folder has no config.json, so it is not a model")
         return path.resolve()
     if path.is_absolute() or id_or_path.startswith((".", "~")) or id_or_path.count("/") > 1:
         raise BaseNotFound(f"base {id_or_path!r}: no such folder")
@@ -219,10 +223,32 @@ def _refuse_other_senses(name: str, config: Any) -> None:
         )
 
 
+def _refuse_quantized(name: str, config: Any) -> None:
+    """Its layers would stay as they are stored, whatever is asked for, and receipts would say otherwise."""
+    if stored := getattr(config, "quantization_config", None):
+        settings = stored if isinstance(stored, Mapping) else stored.to_dict()
+        raise BaseUnusable(
+            f"base {name!r} is quantized already ({settings.get('quant_method')}); expected the checkpoint that it was "
+            "made from: it is quantized as it is loaded"
+        )
+
+
+def _refuse_adapted(name: str, folder: Path) -> None:
+    """transformers would put an adapter that lies beside a base onto it."""
+    if not (config := folder / "adapter_config.json").is_file():
+        return
+    try:
+        base = json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError):
+        base = None
+    of = f" of {base}" if base else ""
+    raise BaseUnusable(
+        f"base {name!r} is an adapter{of}, or has one beside it (adapter_config.json); expected the base alone"
+    )
+
+
 def _told_beforehand(name: str, folder: Path, config: Any, task: str) -> Mapping[str, Any]:
     """What loading says of a checkpoint, of no more than its headers: that of a quantized layer looks at no size."""
-    if hasattr(config, "quantization_config"):  # what is stored then has sizes of its own
-        return {}
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # the same table comes when it is loaded
     try:
