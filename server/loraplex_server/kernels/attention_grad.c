@@ -65,14 +65,14 @@ static void pairs_of_rows(uint16_t *to, const uint16_t *from, long count, long w
 // sums (32 rows, 32 columns) float32 = left times right. left: rows with `stride` values between them. right: of each 32 of
 // the depth, at `step` values, two groups of columns as (16 pairs, 16, 2), `apart` values from each other, `line` a pair.
 static inline void square(float *sums, const uint16_t *left, long stride, const uint16_t *right, long step, long apart, long line, long depth) {
-    add_block(sums, NULL, (Places){TILE, TILE * SIDE, SIDE}, (Sides){left, left + TILE * stride, stride, DEPTH}, (Sides){right, right + apart, line, step}, depth / DEPTH);
+    add_block(sums, NULL, (Places){TILE, TILE * SIDE, SIDE}, (Sides){left, left + TILE * stride, stride, DEPTH}, (Sides){right, right + apart, line, step}, depth / DEPTH, SIDE);
 }
 
 // sums (32 rows, width) float32 += left (32, 32) times right, for each 16 of the width (16 pairs, 16, 2).
 static inline void add_products(float *sums, const uint16_t *left, const uint16_t *right, long width) {
     Places places = {TILE, TILE * width, width};
     for (long d = 0; d < width; d += SIDE, sums += SIDE, right += SQUARE)
-        add_block(sums, sums, places, (Sides){left, left + TILE * SIDE, SIDE, 0}, (Sides){right, right + SQUARE / 2, DEPTH, 0}, 1);
+        add_block(sums, sums, places, (Sides){left, left + TILE * SIDE, SIDE, 0}, (Sides){right, right + SQUARE / 2, DEPTH, 0}, 1, SIDE);
 }
 
 // Which of 16 queries see a key.

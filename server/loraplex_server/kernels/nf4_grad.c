@@ -105,10 +105,10 @@ void nf4_grad(uint16_t *dx, const uint16_t *dy, const uint8_t *codes, const floa
                             const uint16_t *upper = tiled + row / TILE * count * PAIRS, *lower = now - row > TILE ? upper + count * PAIRS : upper;
                             float *sums = between + row * inputs + (block * BLOCK + group * TILE) * 2 * TILE;  // (4 tiles, 16, 16)
                             const uint16_t *weights = panel + group * PAIRS;
+                            long here = now - row < 2 * TILE ? now - row : 2 * TILE;
                             float *to = end == pairs ? last[0] : sums;
                             add_block(to, begin ? sums : NULL, (Places){TILE * TILE, 2 * TILE * TILE, TILE}, (Sides){upper, lower, DEPTH, PAIRS},
-                                      (Sides){weights, weights + PAIRS, DEPTH, STEP}, count);
-                            long here = now - row < 2 * TILE ? now - row : 2 * TILE;
+                                      (Sides){weights, weights + PAIRS, DEPTH, STEP}, count, here);
                             if (end == pairs) put(dx + (first + row) * inputs + block * BLOCK + group * TILE, last, here, inputs);
                         }
                 }

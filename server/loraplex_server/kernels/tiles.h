@@ -36,8 +36,10 @@ static inline void begin_blocks(void) { shape_tiles(TILE, TILE); }
 
 static inline void end_blocks(void) { _tile_release(); }
 
-// to = from (NULL: 0) + left times right, over so many tiles of the depth. Between begin_blocks and end_blocks.
-static inline __attribute__((always_inline)) void add_block(float *to, const float *from, Places places, Sides left, Sides right, long steps) {
+// to = from (NULL: 0) + left times right, over so many tiles of the depth; at least the first `rows` of 32 rows. Between
+// begin_blocks and end_blocks.
+static inline __attribute__((always_inline)) void add_block(float *to, const float *from, Places places, Sides left, Sides right, long steps,
+                                                            long rows) {
     if (from) {
         _tile_loadd(0, from, places.line * 4);
         _tile_loadd(1, from + places.right, places.line * 4);
@@ -88,8 +90,9 @@ static inline __attribute__((always_inline)) void add_rows(float *to, const floa
         for (int n = 0; n < 2; n++) _mm512_storeu_ps(to + row * places.line + n * places.right, sum[row][n]);
 }
 
-static inline __attribute__((always_inline)) void add_block(float *to, const float *from, Places places, Sides left, Sides right, long steps) {
-    for (int row = 0; row < 2 * TILE; row += ROWS) {
+static inline __attribute__((always_inline)) void add_block(float *to, const float *from, Places places, Sides left, Sides right, long steps,
+                                                            long rows) {
+    for (int row = 0; row < rows; row += ROWS) {
         const uint16_t *side = row < TILE ? left.first : left.second;
         long at = row / TILE * places.below + row % TILE * places.line;
         add_rows(to + at, from ? from + at : NULL, places, side + row % TILE * left.line, left.line, left.step, right, steps);
