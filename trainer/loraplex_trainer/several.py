@@ -83,7 +83,8 @@ def _jobs(materials: Sequence[Material], resume: bool, stack: ExitStack, console
         config = material.config
         partial = stack.enter_context(partial_folder(config))
         finish_swap(config.folder)
-        begun = resume and (checkpoint_folder(config) / "progress.json").is_file()
+        finish_swap(checkpoint_folder(config))
+        begun = resume and checkpoint_folder(config).exists()
         if resume and not begun and (config.folder / RECEIPT).is_file():
             _check_complete(config)
             say(console, f"{config.name}: complete, and left alone")
