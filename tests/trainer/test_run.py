@@ -193,6 +193,19 @@ DAMAGES = {
 }
 
 
+def test_a_new_start_tells_of_the_checkpoint_that_it_replaces(interrupted, write_run, train, tmp_path):
+    """It was replaced in silence, and hours of training with it."""
+    folder = tmp_path / "adapters/tagger/.checkpoint"
+    step = json.loads((folder / "progress.json").read_text())["step"]
+    told = f"a checkpoint of step {step} is in {folder}: --resume goes on with it; this run begins anew\n"
+    first, other = interrupted.rename(tmp_path / "first.yaml"), write_run(name="other")
+    short = ["training.max_steps=1", "training.learning_rate=1e-3"]
+    assert told not in train(first, *short, "--resume", exit_code=2).output
+    assert f"tagger: {told}" in train(first, other, *short, "lora.target_modules=[none]", exit_code=2).stdout
+    assert told in train(first, *short).stdout
+    assert "checkpoint of step" not in train(first, *short).stdout  # a finished run leaves none
+
+
 def test_a_damaged_checkpoint_is_named_and_left_as_it_is(interrupted, write_run, train, tmp_path):
     """Some were a traceback, some the end of the process, and some went on from another state than was saved."""
     folder, whole = tmp_path / "adapters/tagger/.checkpoint", tmp_path / "whole"

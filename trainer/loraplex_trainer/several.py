@@ -33,6 +33,7 @@ from loraplex_trainer.run import (
     pad_id_of,
     partial_folder,
     rows_of,
+    say_what_is_begun_anew,
 )
 from loraplex_trainer.session import Session, checkpoint_folder
 from loraplex_trainer.together import Member, Shared, share, train_together
@@ -90,6 +91,8 @@ def _jobs(materials: Sequence[Material], resume: bool, stack: ExitStack, console
             say(console, f"{config.name}: complete, and left alone")
             continue
         earlier = load_progress(checkpoint_folder(config)) if begun else None
+        if not resume:
+            say_what_is_begun_anew(config, material.console)
         pushes = stack.enter_context(Pushes(config, material.console))
         jobs.append(Job(material, earlier, partial, pushes, tuple(name for name in names if name != config.name)))
     if resume and len(jobs) == len(materials) and not any(job.earlier for job in jobs):
