@@ -4,16 +4,19 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from loraplex_registry.base import fingerprint_base
 from loraplex_trainer.errors import Interrupted
@@ -130,11 +133,94 @@ def test_a_checkpoint_of_another_run_is_not_resumed(interrupted, train, tmp_path
     assert "train_sha256" in result.stderr
 
 
-def test_a_damaged_checkpoint_is_named(interrupted, train, tmp_path):
-    state = tmp_path / "adapters/tagger/.checkpoint/state.safetensors"
-    state.write_bytes(state.read_bytes()[:1000])
-    result = train(interrupted, "training.learning_rate=1e36", "--resume", exit_code=2)
-    assert ".checkpoint" in result.stderr and "damaged" in result.stderr
+APART = "is damaged: progress.json and state.safetensors are not as they were written together"
+
+
+def of_progress(change: Callable[[Any], Any]) -> Callable[[Path], None]:
+    """Damage to progress.json alone."""
+
+    def damage(checkpoint: Path) -> None:
+        path = checkpoint / "progress.json"
+        path.write_text(json.dumps(change(json.loads(path.read_text()))))
+
+    return damage
+
+
+def of_state(change: Callable[[str, torch.Tensor], torch.Tensor | None]) -> Callable[[Path], None]:
+    """Damage to tensors, by their names; None: it is left out."""
+
+    def damage(checkpoint: Path) -> None:
+        path = checkpoint / "state.safetensors"
+        changed = {name: change(name, tensor) for name, tensor in load_file(path).items()}
+        save_file({name: tensor for name, tensor in changed.items() if tensor is not None}, path)
+
+    return damage
+
+
+def folder_at(name: str) -> Callable[[Path], None]:
+    def damage(checkpoint: Path) -> None:
+        (checkpoint / name).unlink()
+        (checkpoint / name).mkdir()
+
+    return damage
+
+
+def without(kind: str) -> Callable[[Path], None]:
+    return of_state(lambda name, tensor: None if name.startswith(kind) else tensor)
+
+
+def of_another_shape(kind: str) -> Callable[[Path], None]:
+    return of_state(lambda name, tensor: tensor.flatten()[:1].clone() if name.startswith(kind) else tensor)
+
+
+DAMAGES = {
+    "no table": (of_progress(lambda _: []), "is damaged: progress.json is no JSON object"),
+    "null": (of_progress(lambda _: None), "is damaged: progress.json is no JSON object"),
+    "old": (of_progress(lambda was: was | {"format": "loraplex.checkpoint/2"}), "'loraplex.checkpoint/2', and this"),
+    "no losses": (of_progress(lambda was: {key: was[key] for key in was if key != "losses"}), APART),
+    "no run": (of_progress(lambda was: was | {"run": None}), APART),
+    "a key more": (of_progress(lambda was: was | {"more": 1}), APART),
+    "another step": (of_progress(lambda was: was | {"step": 1_000_000_000}), APART),
+    "no digest": (of_progress(lambda was: was | {"sha256": None}), APART),
+    "a folder for progress": (folder_at("progress.json"), "is damaged: [Errno 21] Is a directory"),
+    "a folder for state": (folder_at("state.safetensors"), "is damaged: [Errno 21] Is a directory"),
+    "no state": (lambda checkpoint: (checkpoint / "state.safetensors").unlink(), "is damaged: [Errno 2] No such file"),
+    "half of state": (lambda checkpoint: os.truncate(checkpoint / "state.safetensors", 1000), APART),
+    "no optimizer": (without("optimizer/"), APART),
+    "no random state": (without("random/"), APART),
+    "weights to broadcast": (of_another_shape("adapter/"), APART),
+    "optimizer's shapes": (of_another_shape("optimizer/exp_avg"), APART),  # torch wrote past their end
+}
+
+
+def test_a_new_start_tells_of_the_checkpoint_that_it_replaces(interrupted, write_run, train, tmp_path):
+    """It was replaced in silence, and hours of training with it."""
+    folder = tmp_path / "adapters/tagger/.checkpoint"
+    step = json.loads((folder / "progress.json").read_text())["step"]
+    told = f"a checkpoint of step {step} is in {folder}: --resume goes on with it; this run begins anew\n"
+    first, other = interrupted.rename(tmp_path / "first.yaml"), write_run(name="other")
+    short = ["training.max_steps=1", "training.learning_rate=1e-3"]
+    assert told not in train(first, *short, "--resume", exit_code=2).output
+    assert f"tagger: {told}" in train(first, other, *short, "lora.target_modules=[none]", exit_code=2).stdout
+    assert told in train(first, *short).stdout
+    assert "checkpoint of step" not in train(first, *short).stdout  # a finished run leaves none
+
+
+def test_a_damaged_checkpoint_is_named_and_left_as_it_is(interrupted, write_run, train, tmp_path):
+    """Some were a traceback, some the end of the process, and some went on from another state than was saved."""
+    folder, whole = tmp_path / "adapters/tagger/.checkpoint", tmp_path / "whole"
+    folder.rename(whole)
+    first, other = interrupted.rename(tmp_path / "first.yaml"), write_run(name="other")
+    for name, (damage, words) in DAMAGES.items():
+        shutil.copytree(whole, folder)
+        damage(folder)
+        before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+        for runs in ([first], [first, other]):
+            (line,) = train(*runs, "--resume", exit_code=2).stderr.splitlines()
+            assert line.startswith(f"error: the checkpoint {folder} is ") and words in line, (name, line)
+            assert line.endswith(": start anew without --resume"), (name, line)
+        assert {path: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+        shutil.rmtree(folder)
 
 
 def test_nothing_to_resume_is_an_error_not_a_fresh_start(write_run, train):

@@ -1,8 +1,10 @@
 """The resumable state of a run: adapter weights, optimizer, random state and progress, as safetensors and JSON.
 
-Owns the folder `<output>/<name>/.checkpoint`. No pickle: reading a checkpoint runs no code.
+Owns the folder `<output>/<name>/.checkpoint`. No pickle: reading a checkpoint runs no code. One digest over both files
+tells whether they are as they were written, so nothing more is asked of their contents.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -21,7 +23,7 @@ from loraplex_trainer.loop import Loop
 from loraplex_trainer.optimizers import optimizer_state, restore_optimizer
 from loraplex_trainer.stopping import Evaluation
 
-FORMAT = "loraplex.checkpoint/2"
+FORMAT = "loraplex.checkpoint/3"
 CHECKPOINT, STATE, PROGRESS = ".checkpoint", "state.safetensors", "progress.json"
 
 
@@ -48,31 +50,41 @@ def save_checkpoint(folder: Path, progress: Progress, loop: Loop) -> None:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         save_file(_each_its_own(tensors), partial / STATE)
+        document["sha256"] = _digest(document, partial / STATE)
         (partial / PROGRESS).write_text(json.dumps(document, indent=1), encoding="utf-8")
         swap_in(partial, folder)
 
 
 def load_progress(folder: Path) -> Progress:
-    """Raises CheckpointError when there is no checkpoint, or not one this version reads."""
+    """Raises CheckpointError when there is no checkpoint, not one this version reads, or a damaged one."""
     finish_swap(folder)
     try:
         document = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"nothing to resume: there is no checkpoint in {folder}") from error
-    except ValueError as error:
-        raise CheckpointError(f"the checkpoint {folder} is damaged: {error}") from error
-    if document.pop("format", None) != FORMAT:
-        raise CheckpointError(f"the checkpoint {folder} is not of the format {FORMAT}")
+    except (OSError, ValueError) as error:
+        raise _damaged(folder, error) from error
+    if not isinstance(document, dict):
+        raise _damaged(folder, f"{PROGRESS} is no JSON object")
+    if (found := document.get("format")) != FORMAT:
+        raise CheckpointError(
+            f"the checkpoint {folder} is of the format {found!r}, and this version reads {FORMAT}: "
+            "start anew without --resume"
+        )
+    written = document.pop("sha256", None)
+    try:
+        if written != _digest(document, folder / STATE):
+            raise _damaged(folder, f"{PROGRESS} and {STATE} are not as they were written together")
+    except OSError as error:
+        raise _damaged(folder, error) from error
+    del document["format"]
     losses, evaluations = tuple(document["losses"]), tuple((step, loss) for step, loss in document["evaluations"])
     return Progress(**(document | {"losses": losses, "evaluations": evaluations}))
 
 
 def restore_state(folder: Path, loop: Loop) -> None:
-    """Puts weights, optimizer state and random state back as they were saved."""
-    try:
-        tensors = load_file(folder / STATE, device=str(loop.model.device))
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"the checkpoint {folder} is damaged: {error}") from error
+    """Puts weights, optimizer state and random state back as they were saved, and `load_progress` has proven."""
+    tensors = load_file(folder / STATE, device=str(loop.model.device))
     expected = {f"adapter/{name}" for name in loop.parameters}
     if expected != {key for key in tensors if key.startswith("adapter/")}:
         raise CheckpointError(f"the checkpoint {folder} holds an adapter of other modules")
@@ -85,6 +97,18 @@ def restore_state(folder: Path, loop: Loop) -> None:
     for kind, generator in loop.generators.items():
         if (state := tensors.get(f"random/{kind}")) is not None:
             generator.set_state(state.cpu())
+
+
+def _digest(document: dict[str, Any], state: Path) -> str:
+    """Of all that a checkpoint says, `sha256` itself left out, and of its tensors."""
+    with state.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+    digest.update(json.dumps(document).encode())
+    return digest.hexdigest()
+
+
+def _damaged(folder: Path, why: object) -> CheckpointError:
+    return CheckpointError(f"the checkpoint {folder} is damaged: {why}: start anew without --resume")
 
 
 def _each_its_own(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,8 @@ def train(config: RunConfig, *, resume: bool, console: Console) -> Path:
     with partial_folder(config) as partial, Pushes(config, console) as pushes:
         finish_swap(config.folder)
         earlier = load_progress(checkpoint_folder(config)) if resume else None
+        if not resume:
+            say_what_is_begun_anew(config, console)
         team.wait()
         trained = _train_adapter(material, earlier, team, partial, pushes)
         free_memory()
@@ -211,6 +213,14 @@ def say_what_is_the_same(splits: dict[str, Split], on_leak: str, console: Consol
     if leaks := splits["train"].leaks:
         what = "and left out" if on_leak == "drop" else "data.on_leak: drop leaves them out"
         say(console, f"train: {leaks} examples are held out too; {what}")
+
+
+def say_what_is_begun_anew(config: RunConfig, console: Console) -> None:
+    """The first save of a new run replaces the checkpoint of one that was interrupted; a damaged one is no loss."""
+    folder = checkpoint_folder(config)
+    with suppress(CheckpointError):
+        step = load_progress(folder).step
+        say(console, f"a checkpoint of step {step} is in {folder}: --resume goes on with it; this run begins anew")
 
 
 def _begin(loop: Loop, config: RunConfig, splits: dict[str, Split], base: Base) -> dict[str, Any]:

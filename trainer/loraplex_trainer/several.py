@@ -33,6 +33,7 @@ from loraplex_trainer.run import (
     pad_id_of,
     partial_folder,
     rows_of,
+    say_what_is_begun_anew,
 )
 from loraplex_trainer.session import Session, checkpoint_folder
 from loraplex_trainer.together import Member, Shared, share, train_together
@@ -83,12 +84,15 @@ def _jobs(materials: Sequence[Material], resume: bool, stack: ExitStack, console
         config = material.config
         partial = stack.enter_context(partial_folder(config))
         finish_swap(config.folder)
-        begun = resume and (checkpoint_folder(config) / "progress.json").is_file()
+        finish_swap(checkpoint_folder(config))
+        begun = resume and checkpoint_folder(config).exists()
         if resume and not begun and (config.folder / RECEIPT).is_file():
             _check_complete(config)
             say(console, f"{config.name}: complete, and left alone")
             continue
         earlier = load_progress(checkpoint_folder(config)) if begun else None
+        if not resume:
+            say_what_is_begun_anew(config, material.console)
         pushes = stack.enter_context(Pushes(config, material.console))
         jobs.append(Job(material, earlier, partial, pushes, tuple(name for name in names if name != config.name)))
     if resume and len(jobs) == len(materials) and not any(job.earlier for job in jobs):
