@@ -162,6 +162,10 @@ def _folder(id_or_path: str, revision: str | None, files: Sequence[str]) -> Path
     """The local folder of the checkpoint; a Hub id is downloaded (or found in the Hub cache) first."""
     path = Path(id_or_path).expanduser()
     if path.is_dir():
+        if revision is not None:
+            raise BaseUnusable(
+                f"base {id_or_path!r}: revision is {revision!r}, which is for a base of the Hub, and this is a folder"
+            )
         return path.resolve()
     if path.is_absolute() or id_or_path.startswith((".", "~")) or id_or_path.count("/") > 1:
         raise BaseNotFound(f"base {id_or_path!r}: no such folder")
