@@ -193,6 +193,16 @@ def text(answers, truths):
 
 def broken(answers, truths):
     raise KeyError("no such tag")
+
+def quits(answers, truths):
+    raise SystemExit(0)
+
+class Mute(Exception):
+    def __str__(self):
+        raise ValueError
+
+def mute(answers, truths):
+    raise Mute
 """
 
 
@@ -206,16 +216,30 @@ def test_a_metric_can_be_a_function_of_the_users(write_run, train, receipt, tmp_
 
 @pytest.mark.parametrize(
     ("what", "said"),
-    [("gone.py:half", "no such file"), ("mine.py:gone", "no function 'gone'"), ("bad.py:half", "ZeroDivisionError")],
+    [
+        ("gone.py:half", "no such file"),
+        ("mine.py:gone", "no function 'gone'"),
+        ("bad.py:half", "ZeroDivisionError"),
+        ("quits.py:half", "raised SystemExit: 0"),
+    ],
 )
 def test_a_metric_that_is_not_there_is_told_before_training(write_run, train, tmp_path, what, said):
     (tmp_path / "mine.py").write_text(METRIC)
     (tmp_path / "bad.py").write_text("1 / 0")
+    (tmp_path / "quits.py").write_text("import sys; sys.exit(0)")
     result = train(write_run(evaluation={**SHORT, "metric": f"python: {tmp_path}/{what}"}), exit_code=2)
     assert "evaluation.metric" in result.stderr and said in result.stderr and "step 1/" not in result.stdout
 
 
-@pytest.mark.parametrize(("function", "said"), [("broken", "KeyError"), ("text", "'good'")])
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        ("broken", "KeyError: 'no such tag'"),
+        ("text", "'good'"),
+        ("quits", "raised SystemExit: 0"),
+        ("mute", "raised Mute, which cannot be shown"),
+    ],
+)
 def test_a_metric_that_fails_costs_no_training(write_run, train, receipt, tmp_path, function, said):
     (tmp_path / "mine.py").write_text(METRIC)
     run = write_run(evaluation={**SHORT, "metric": f"python: {tmp_path}/mine.py:{function}"})

@@ -185,6 +185,7 @@ def test_what_the_registry_refuses_is_told_and_the_rest_is_pushed(write_run, tra
         ({"registry": "somewhere"}, "push.registry: nothing is pushed unless push.every"),
         ({"every": "end", "name": "Not A Name"}, "push.name"),
         ({"every": "end", "wait_seconds": -1}, "push.wait_seconds"),
+        ({"every": "end", "wait_seconds": 1e30}, "push.wait_seconds: 1e+30: "),
         ({"every": "end", "registry": "http://"}, "push.registry: 'http://' is not a registry's URL"),
         ({"every": "end", "registry": "/dev/null"}, "push.registry: '/dev/null': expected a folder to write in"),
     ],

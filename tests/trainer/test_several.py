@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
+from loraplex_registry.registry import Registry
 from loraplex_trainer.errors import Interrupted
 from loraplex_trainer.run_file import load_config
 from loraplex_trainer.several import train_several
@@ -137,6 +138,27 @@ def test_layers_that_are_computed_again_know_whose_tokens_they_are(files, train,
         train(*files("small", "wide", training__gradient_checkpointing=again))
         found.append({name: weights(tmp_path, name) for name in ("small", "wide")})
     assert all(alike(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_a_run_that_was_over_before_a_kill_is_pushed_too(files, train, tmp_path):
+    """Stopped when the steps of all were done and saved, and the first adapter was to be scored."""
+    registry = tmp_path / "registry"
+    runs = files("small", "wide", push={"every": "end", "registry": str(registry)})
+
+    class Trip(io.StringIO):
+        def write(self, text: str) -> int:
+            if "scoring the adapter" in text:
+                signal.raise_signal(signal.SIGINT)
+            return super().write(text)
+
+    with pytest.raises(KeyboardInterrupt):
+        train_several([load_config(run) for run in runs], resume=False, console=Console(file=Trip()))
+    assert "wide: step 4/" not in train(*runs, "--resume").output
+    with Registry(registry) as opened:
+        assert [opened.versions(name)[0].tags for name in ("small", "wide")] == [
+            ("final", "step-8"),
+            ("final", "step-4"),
+        ]
 
 
 def test_nothing_to_resume_is_an_error(files, train, tmp_path):

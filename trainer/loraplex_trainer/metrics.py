@@ -69,8 +69,8 @@ def _users(name: str) -> Metric:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
-        raise ConfigError(f"evaluation.metric: {name!r}: {path} raised {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:
+        raise ConfigError(f"evaluation.metric: {name!r}: {path} raised {_told(error)}") from error
     function = getattr(module, function_name, None)
     if not callable(function):
         raise ConfigError(f"evaluation.metric: {name!r}: {path} has no function {function_name!r}")
@@ -78,8 +78,8 @@ def _users(name: str) -> Metric:
     def score(answers: Sequence[str], truths: Sequence[str]) -> dict[str, float]:
         try:
             found = function(list(answers), list(truths))
-        except Exception as error:
-            raise EvaluationError(f"evaluation.metric: {name!r} raised {type(error).__name__}: {error}") from error
+        except (Exception, SystemExit) as error:
+            raise EvaluationError(f"evaluation.metric: {name!r} raised {_told(error)}") from error
         return _numbers(name, found if isinstance(found, dict) else {function_name: found})
 
     return score
@@ -92,6 +92,13 @@ def _numbers(name: str, found: dict[Any, Any]) -> dict[str, float]:
         if not isinstance(value, int | float) or not math.isfinite(value):
             raise EvaluationError(f"evaluation.metric: {name!r} gave {key} = {value!r}, expected a finite number")
     return {key: float(value) for key, value in found.items()}
+
+
+def _told(error: BaseException) -> str:
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:  # of its own __str__
+        return f"{type(error).__name__}, which cannot be shown"
 
 
 def _tags(text: str) -> set[str]:

@@ -126,6 +126,8 @@ def open_session(
     config, splits = material.config, material.splits
     identity = _go_on(loop, config, splits, base, earlier) if earlier else _begin(loop, config, splits, base)
     started -= earlier.wall_seconds if earlier else 0.0
+    if pushes:
+        pushes.start(base.description)  # also where no step is left: what is finished then is pushed as well
     console = material.console
     return Session(config, splits, base, encoder, encoded, loop, identity, pushes, console, started, beside)
 

@@ -207,7 +207,7 @@ class PushSection(Section):
     every: Literal["never", "save", "epoch", "end"] = "never"
     name: str | None = None
     registry: str | None = None
-    wait_seconds: NonNegativeFloat = 60.0
+    wait_seconds: float = Field(default=60.0, ge=0.0, le=86_400.0)
 
     @field_validator("name")
     @classmethod

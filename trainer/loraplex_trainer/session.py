@@ -76,9 +76,7 @@ class Session:
 
     @contextmanager
     def at_work(self, stopped: list[int], bar: Bars | None, label: str = "training") -> Iterator[AfterStep]:
-        """Pushes, trackers and progress of the steps that are left; gives what is done after each of them."""
-        if self.pushes:
-            self.pushes.start(self.base.description)
+        """Trackers and progress of the steps that are left; gives what is done after each of them."""
         with tracking(self.config if self.loop.team.is_first else None) as trackers:
             reporter = Reporter(self.console, self.loop, bar, trackers, label)
             yield partial(self._after_step, reporter, stopped)
