@@ -41,6 +41,19 @@ def write(folder: Path, name: str) -> Path:
     return path
 
 
+def parquet_of(unused: pyarrow.Array) -> bytes:
+    """One good row with a column that nobody asks for."""
+    sink = pyarrow.BufferOutputStream()
+    parquet.write_table(pyarrow.table({"quote": ["a"], "tags": ["b"], "unused": unused}), sink)
+    return sink.getvalue().to_pybytes()
+
+
+# A string of two bytes that are no UTF-8, which Arrow does not look at.
+BROKEN = pyarrow.Array.from_buffers(
+    pyarrow.string(), 1, [None, pyarrow.py_buffer(b"\0\0\0\0\2\0\0\0"), pyarrow.py_buffer(b"\xff\xfe")]
+)
+
+
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv", "rows.tsv", "rows.parquet"])
 def test_every_format_gives_the_same_rows_and_the_files_digest(tmp_path, name):
     path = write(tmp_path, name)
@@ -122,7 +135,13 @@ def test_several_sources_are_one_split_and_each_is_in_the_record(tmp_path):
         ("a.parquet", "no parquet", ["a.parquet", "not Parquet"]),
         ("a.json", "[1]", ["a.json:1", "a JSON object is expected"]),
         ("a.json", "[{]", ["a.json", "not JSON"]),
+        ("a.json", f'[{{"quote": {"9" * 5000}}}]', ["a.json", "not JSON", "4300 digits"]),
+        ("a.jsonl", f'{{}}\n{{"quote": {"9" * 5000}}}', ["a.jsonl:2", "not JSON", "4300 digits"]),
+        ("a.jsonl", '{"quote": ' + "[" * 100_000, ["a.jsonl:1", "not JSON", "recursion"]),
+        ("a.parquet", parquet_of(BROKEN), ["a.parquet", "column 'unused'", "utf-8"]),
+        ("a.parquet", parquet_of(pyarrow.array([2**62], pyarrow.timestamp("us"))), ["column 'unused'", "out of range"]),
     ],
+    ids=lambda value: None if isinstance(value, str | bytes) and len(value) > 40 else value,
 )
 def test_bad_files_are_named_with_their_row(tmp_path, name, content, words):
     path = tmp_path / name
@@ -157,6 +176,10 @@ def test_dates_and_decimals_are_text(tmp_path):
         ({"path": "rows.jsonl", "revision": "main"}, ["revision", "this is a file"]),
         ({"path": "saved", "split": "test"}, ["saved", "test"]),
         ({"path": "saved", "config": "en"}, ["config", "save_to_disk"]),
+        ({"path": "broken"}, ["broken: datasets cannot read it: "]),
+        ({"path": "/"}, ["/: datasets cannot read it: "]),
+        ({"path": "a\0b"}, ["'a\\x00b'", "null"]),
+        ({"path": "x" * 300}, ["xxx: ", "too long"]),
     ],
 )
 def test_what_a_source_does_not_have_is_named(tmp_path, monkeypatch, source, words):
@@ -165,6 +188,8 @@ def test_what_a_source_does_not_have_is_named(tmp_path, monkeypatch, source, wor
     monkeypatch.chdir(tmp_path)
     write(tmp_path, "rows.jsonl")
     datasets.Dataset.from_list(ROWS).save_to_disk("saved")
+    Path("broken").mkdir()
+    Path("broken/dataset_dict.json").write_text("[]")
     with pytest.raises(DataError) as refused:
         read_source(SourceSection(**source))
     assert all(word in str(refused.value) for word in words), refused.value

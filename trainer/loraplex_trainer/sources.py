@@ -50,9 +50,13 @@ def read_source(section: SourceSection) -> tuple[Source, list[Row]]:
     """All rows of a source. Raises DataError, naming file and row."""
     path = Path(section.path)
     reader = _READERS.get(path.suffix.lower())
-    if path.is_file() or reader or not (path.is_dir() or _HUB_ID.fullmatch(section.path)):
+    try:
+        is_file, is_folder = path.is_file(), path.is_dir()
+    except OSError as error:  # too long a name
+        raise DataError(f"{path}: {error.strerror}") from error
+    if is_file or reader or not (is_folder or _HUB_ID.fullmatch(section.path)):
         return _from_file(section, path, reader or _jsonl)
-    return _from_datasets(section, path if path.is_dir() else None)
+    return _from_datasets(section, path if is_folder else None)
 
 
 def _from_file(section: SourceSection, path: Path, reader: "_Reader") -> tuple[Source, list[Row]]:
@@ -63,6 +67,8 @@ def _from_file(section: SourceSection, path: Path, reader: "_Reader") -> tuple[S
         content = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from error
+    except ValueError as error:  # a NUL in it
+        raise DataError(f"{str(path)!r}: {error}") from error
     rows = [Row(f"{path}:{number}", columns) for number, columns in reader(path, content)]
     sha256 = "sha256:" + hashlib.sha256(content).hexdigest()
     if section.split == "train":
@@ -85,10 +91,8 @@ def _slice(section: SourceSection, rows: list[Row]) -> list[Row]:
 def _from_datasets(section: SourceSection, folder: Path | None) -> tuple[Source, list[Row]]:
     """A folder, or a dataset of the Hub at one commit, which is asked for first; off line, what the cache has."""
     import datasets
-    from datasets.exceptions import DatasetsError
     from huggingface_hub import HfApi
     from huggingface_hub.constants import HF_HUB_OFFLINE
-    from huggingface_hub.errors import HfHubHTTPError
 
     datasets.disable_progress_bars()
     options = {"name": section.config, "split": section.split}
@@ -106,9 +110,9 @@ def _from_datasets(section: SourceSection, folder: Path | None) -> tuple[Source,
         rows = [Row(f"{section.path} {section.split} row {at}", dict(columns)) for at, columns in enumerate(table, 1)]
     except DataError:
         raise
-    except (OSError, ValueError, AssertionError, HfHubHTTPError, DatasetsError) as error:
-        missing = "" if folder else "no such file or folder, and not to be had from the Hub: "
-        raise DataError(f"{section.path}: {missing}{_reason(error)}") from error
+    except Exception as error:  # what lies in somebody's folder may raise anything in datasets
+        unread = "datasets cannot read it: " if folder else "no such file or folder, and not to be had from the Hub: "
+        raise DataError(f"{section.path}: {unread}{_reason(error)}") from error
     digest = "sha256:" + digest_of([row.columns for row in rows])
     fingerprint = getattr(table, "_fingerprint", None)
     return Source(section.path, digest, len(rows), section.config, section.split, commit, fingerprint), rows
@@ -150,10 +154,7 @@ def _jsonl(path: Path, content: bytes) -> Iterator[tuple[int, Columns]]:
     for number, line in enumerate(content.split(b"\n"), start=1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise DataError(f"{path}:{number}: not JSON: {error}") from error
+        row = _loaded(line, f"{path}:{number}")
         if not isinstance(row, dict):
             raise DataError(f"{path}:{number}: a JSON object is expected, not {type(row).__name__}")
         yield number, row
@@ -164,14 +165,17 @@ def _json(path: Path, content: bytes) -> Iterator[tuple[int, Columns]]:
     if not content.lstrip().startswith(b"["):
         yield from _jsonl(path, content)
         return
-    try:
-        rows = json.loads(content)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not JSON: {error}") from error
-    for number, row in enumerate(rows, start=1):
+    for number, row in enumerate(_loaded(content, str(path)), start=1):
         if not isinstance(row, dict):
             raise DataError(f"{path}:{number}: a JSON object is expected, not {type(row).__name__}")
         yield number, row
+
+
+def _loaded(content: bytes, where: str) -> Any:
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:  # not only JSONDecodeError: thousands of digits, or of brackets
+        raise DataError(f"{where}: not JSON: {error}") from error
 
 
 def _csv(path: Path, content: bytes) -> Iterator[tuple[int, Columns]]:
@@ -206,7 +210,13 @@ def _parquet(path: Path, content: bytes) -> Iterator[tuple[int, Columns]]:
         table = parquet.read_table(pyarrow.BufferReader(content))
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: not Parquet: {_reason(error)}") from error
-    yield from enumerate(table.to_pylist(), start=1)
+    names, columns = table.column_names, []
+    for name, column in zip(names, table.columns, strict=True):
+        try:
+            columns.append(column.to_pylist())
+        except (ValueError, OverflowError) as error:  # no UTF-8, or a date that Python has not
+            raise DataError(f"{path}: column {name!r}: {_reason(error)}") from error
+    yield from enumerate((dict(zip(names, cells, strict=True)) for cells in zip(*columns, strict=True)), start=1)
 
 
 def _decoded(path: Path, content: bytes) -> str:
