@@ -106,6 +106,18 @@ class TestBloomIn8Bit:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(
+    ("quantization", "raised"),
+    [("int8", torch.float32), *((one, torch.bfloat16) for one in ("nf4", "fp4", "none"))],
+)
+def test_norms_and_logits_are_raised_in_8_bits_alone(write_run, quantization, raised):
+    model = make_loop(write_run(base__quantization=quantization, base__dtype="bfloat16")).model
+    norms = [module for module in model.modules() if type(module).__name__.endswith("Norm")]
+    assert {norm.weight.dtype for norm in norms} == {raised}
+    assert model(input_ids=torch.tensor([[5, 6, 7]]), use_cache=False).logits.dtype == raised
+
+
+@torch.no_grad()
 def test_a_row_of_an_8_bit_base_is_computed_alike_in_any_company_and_mode(base_folder):
     """In LLM.int8's own product a neighbour's large values decide which columns a row's are rounded in."""
     base = load_base(str(base_folder), quantization="int8", device="cpu", dtype="float32")

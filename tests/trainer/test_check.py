@@ -149,7 +149,7 @@ def test_the_base_of_every_quantization_is_estimated(write_run, base_folder, tmp
 
 
 METHODS = {
-    "ia3": {"method": "ia3", "lora": {}, "base__dtype": "float32"},
+    "ia3": {"method": "ia3", "lora": {}, **NF4},
     "prompt": {"method": "prompt", "lora": {}},
     "prefix": {"method": "prefix", "lora": {}},
     "p_tuning": {"method": "p_tuning", "lora": {}},

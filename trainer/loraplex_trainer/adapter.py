@@ -19,6 +19,7 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
+from peft.tuners.ia3 import IA3Layer
 from peft.utils.other import ModulesToSaveWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -53,6 +54,7 @@ def attach(base: Base, config: RunConfig) -> PeftModel:
         model = attach_adapter(base, config.lora, config.base.task)
     else:
         model = _on_frozen(base, other_config(config, base), config.method)
+        keep_dtype(model)
     if config.training.gradient_checkpointing:
         checkpoint_activations(base)
     return model
@@ -140,6 +142,20 @@ def keep_quantized_layout(model: torch.nn.Module) -> None:
             quant_state = getattr(module.weight, "quant_state", None)
             assert not getattr(quant_state, "packing_format_for_cpu", False), "repacked before training"
             module.support_avx512bf16_for_cpu = False
+
+
+def keep_dtype(model: torch.nn.Module) -> None:
+    """Lets IA³'s layers give the dtype they are given, as peft's do on a base that is not quantized.
+
+    On a quantized one they give their vectors' float32, which attention does not take beside a 16-bit query.
+    """
+    for module in model.modules():
+        if isinstance(module, IA3Layer):
+            module.register_forward_hook(_give_as_given)
+
+
+def _give_as_given(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...], out: torch.Tensor) -> torch.Tensor:
+    return out.to(inputs[0].dtype)
 
 
 def load_weights(model: PeftModel, folder: Path, adapter: str = ADAPTER) -> None:

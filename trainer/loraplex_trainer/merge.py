@@ -25,7 +25,7 @@ from loraplex_registry.base import HEADS, INPUT_EMBEDDINGS
 from loraplex_server.engine.goldens import EXACT, ROUNDED
 from loraplex_server.engine.model import DTYPES, Base
 from loraplex_server.engine.rendering import text_ids
-from loraplex_trainer.adapter import keep_quantized_layout
+from loraplex_trainer.adapter import keep_dtype, keep_quantized_layout
 from loraplex_trainer.checkpoint import swap_in
 from loraplex_trainer.errors import ConfigError, NotMerged
 from loraplex_trainer.found import Found
@@ -109,10 +109,8 @@ def _unmerged(base: Base, adapter: Found, prompts: Sequence[list[int]]) -> list[
     """What base and adapter say side by side, by peft; the base's layers are wrapped then."""
     keep_quantized_layout(base.model)
     model = PeftModel.from_pretrained(base.model, str(adapter.folder)).eval()
-    # IA³'s float32 vectors raise what they scale, which attention would not take beside what they do not.
-    mixed = adapter.config["peft_type"] == "IA3" and base.dtype != torch.float32
-    with torch.autocast(base.device.type, dtype=base.dtype, enabled=mixed):
-        return [_said(model, ids) for ids in prompts]
+    keep_dtype(model)
+    return [_said(model, ids) for ids in prompts]
 
 
 def _write(plain: PreTrainedModel, adapter: Found, precision: torch.dtype, base: Base, folder: Path) -> None:

@@ -96,13 +96,6 @@ def linear_modules(model: torch.nn.Module) -> list[str]:
 
 def _ia3_config(ia3: Ia3Section, model: Any, task_type: str) -> IA3Config:
     """Without targets, those that peft knows for the architecture: keys, values and the way out of the MLP."""
-    if model.dtype != torch.float32 and any(
-        isinstance(module, Linear4bit | Linear8bitLt) for module in model.modules()
-    ):
-        raise ConfigError(
-            f"base.dtype: {_name(model.dtype)}: peft's IA³ gives float32 on a quantized base, which its next layers do "
-            "not take: set base.dtype to float32, or base.quantization to none"
-        )
     linear = linear_modules(model)
     architecture = model.config.model_type
     if ia3.target_modules is None and architecture not in TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING:

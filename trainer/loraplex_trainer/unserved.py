@@ -17,7 +17,7 @@ from loraplex_server.engine.detokenize import Detokenizer
 from loraplex_server.engine.engine import Completion
 from loraplex_server.engine.model import load_base
 from loraplex_server.engine.request import FinishReason, SamplingParams
-from loraplex_trainer.adapter import WEIGHTS, keep_quantized_layout, raise_copies
+from loraplex_trainer.adapter import WEIGHTS, keep_dtype, keep_quantized_layout, raise_copies
 from loraplex_trainer.config import RunConfig
 from loraplex_trainer.encoding import Example
 from loraplex_trainer.loop import mean_loss
@@ -33,6 +33,7 @@ class Unserved:
         own = [parameter for name, parameter in self.base.model.named_parameters() if name.endswith(".bias")]
         self._biases = [(parameter, parameter.detach().clone()) for parameter in own]
         self._model = PeftModel.from_pretrained(self.base.model, str(folder)).eval()
+        keep_dtype(self._model)
         if config.lora.modules_to_save:  # peft has read them in the base's dtype
             raise_copies(self._model, self.base.dtype)
             set_peft_model_state_dict(self._model, load_file(folder / WEIGHTS))
