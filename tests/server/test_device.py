@@ -111,9 +111,7 @@ def test_an_installed_adapter_is_what_peft_makes_of_it(tmp_path, base_folder, ki
     folder = make_adapter(tmp_path / kind, base_folder, **KINDS[kind])
     put(device, read(folder))
     assert_same_as_peft(base_folder, device, folder)
-    assert not torch.equal(logits(device.model), logits(base_of(base_folder))), (
-        "without effect, it proves nothing"
-    )
+    assert not torch.equal(logits(device.model), logits(base_of(base_folder))), "without effect, it proves nothing"
 
 
 def test_modules_of_one_that_left_are_filled_by_the_next_of_its_configuration_alone(tmp_path, base_folder):

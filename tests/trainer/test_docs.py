@@ -9,14 +9,15 @@ import re
 import shutil
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import yaml
+from trainer.test_sharding import needs_deepspeed
 
 ROOT = Path(__file__).parents[2]
 BLOCKS = re.findall(r"^```sh\n(.*?)^```", (ROOT / "docs" / "training.md").read_text(), flags=re.M | re.S)
+OF_DEEPSPEED = [block for block in BLOCKS if "zero" in block or "deepspeed" in block]
 BARS = {"tag_f1>=0.9": "tag_f1>=0", "general_loss<4": "general_loss<40"}  # what two steps do reach
 # The commands as console scripts of this very interpreter, installed or not.
 SCRIPTS = {
@@ -62,16 +63,26 @@ def environment(tmp_path) -> dict[str, str]:
     }
 
 
-def test_every_command_works_as_it_is_written(clone, environment):
-    """Those of DeepSpeed where it is installed."""
-    for block in BLOCKS:
-        if ("zero" in block or "deepspeed" in block) and not find_spec("deepspeed"):
-            continue
+def run_blocks(blocks: list[str], folder: Path, environment: dict[str, str]) -> None:
+    for block in blocks:
         for bar, reached in BARS.items():
             block = block.replace(bar, reached)
         command = ["bash", "-euo", "pipefail", "-c", block]
-        ran = subprocess.run(command, cwd=clone, env=environment, capture_output=True, text=True, timeout=300)
+        ran = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
         assert ran.returncode == 0, f"{block}\n{ran.stdout}\n{ran.stderr}"
         assert "[transformers]" not in ran.stderr, ran.stderr
+
+
+def test_every_command_works_as_it_is_written(clone, environment):
+    run_blocks([block for block in BLOCKS if block not in OF_DEEPSPEED], clone, environment)
     assert {path.name for path in (clone / "adapters").glob("[a-z]*")} >= {"quotes-tagger", "run"}
     assert (clone / "merged" / "merge.json").is_file()
+
+
+@pytest.mark.slow
+@needs_deepspeed
+def test_those_of_deepspeed_too(clone, environment):
+    """In a folder of their own: at its first use DeepSpeed compiles for minutes."""
+    assert len(OF_DEEPSPEED) > 1
+    run_blocks(OF_DEEPSPEED, clone, environment)
+    assert (clone / "adapters" / "run" / "receipt.json").is_file()

@@ -17,6 +17,7 @@ from loraplex_trainer.run import train as run_training
 from loraplex_trainer.run_file import load_config
 from loraplex_trainer.schedule import scheduled_rate
 
+INSTALL = "scripts/test --all, or: pip install -c constraints.txt 'loraplex"
 MEASURED = {"max_steps": 12, "batch_size": 8, "log_every_steps": 1, "evaluate_every": 4}
 
 
@@ -91,7 +92,7 @@ class TestTrackers:
     @pytest.mark.slow
     @pytest.mark.filterwarnings("ignore")  # its own, of SQLAlchemy's ways and pydantic's
     def test_mlflow(self, run, train, receipt, tmp_path):
-        mlflow = pytest.importorskip("mlflow", reason="pip install -c constraints.txt 'loraplex[mlflow]'")
+        mlflow = pytest.importorskip("mlflow", reason=f"{INSTALL}[mlflow]'")
         train(run("mlflow"))
         assert (tmp_path / "logs/mlflow.db").is_file()
         client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/logs/mlflow.db")
@@ -107,7 +108,7 @@ class TestTrackers:
         """A run in a process of its own, without a way out: what is written is written here."""
 
         def of(tracker: str) -> None:
-            pytest.importorskip(tracker, reason=f"pip install -c constraints.txt 'loraplex[{tracker}]'")
+            pytest.importorskip(tracker, reason=f"{INSTALL}[{tracker}]'")
             environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "https_proxy": "http://127.0.0.1:9"}
             command = [sys.executable, "-m", "loraplex_trainer", str(run(tracker))]
             subprocess.run(command, env=environment, cwd=tmp_path, check=True, capture_output=True, timeout=300)

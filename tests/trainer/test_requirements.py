@@ -1,6 +1,7 @@
 """What the trainer grew from, requirement by requirement, and the tests that show each.
 
-They are looked up by name, so that none is renamed or removed without somebody reading what it was for.
+They are looked up by name, so that none is renamed or removed without somebody reading what it was for. Which of them a
+run of the tests leaves out, and why, stands among its skipped ones.
 """
 
 import ast
@@ -99,3 +100,21 @@ def test_each_requirement_has_its_tests(requirement):
         tree = ast.parse((TESTS / file).read_text(encoding="utf-8"))
         there = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
         assert name in there, f"{requirement!r} is shown by {name} of {file}, which is not there"
+
+
+@pytest.mark.parametrize("requirement", SHOWN_BY)
+def test_and_they_are_run(request, requirement):
+    """Skipped where some are not, so that nobody takes the rest for a proof."""
+    left_out = [told for shown_by in SHOWN_BY[requirement] for told in why_left_out(request.session.items, shown_by)]
+    if left_out:
+        pytest.skip(f"{requirement}: {'; '.join(left_out)}")
+
+
+def why_left_out(items: list[pytest.Item], shown_by: str) -> list[str]:
+    """What a test, or a case of it, is not run for. `items` are those of the run."""
+    file, name = shown_by.split(": ")
+    found = [item for item in items if item.path == TESTS / file and item.name.partition("[")[0] == name]
+    if not found:
+        return [f"{name} is not among the tests asked for (scripts/test --all runs it)"]
+    skipping = [(item, mark) for item in found for mark in item.iter_markers("skipif") if any(mark.args)]
+    return [f"{item.name} is skipped ({mark.kwargs['reason']})" for item, mark in skipping]

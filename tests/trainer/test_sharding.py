@@ -5,6 +5,7 @@ The slow tests start two, with torchrun and gloo on the CPU; those of ZeRO need 
 
 import json
 import re
+import shutil
 import signal
 import sys
 from importlib.util import find_spec
@@ -17,7 +18,10 @@ from trainer.test_team import STEPS, start, torchrun
 from loraplex_trainer.encoding import Example
 from loraplex_trainer.sharding import ShardedTeam
 
-needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+needs_deepspeed = pytest.mark.skipif(
+    not (find_spec("deepspeed") and shutil.which("c++")),
+    reason="scripts/test --all, or: pip install -c constraints.txt 'loraplex[deepspeed]'; apt-get install g++",
+)
 ZERO = [pytest.param(f"zero{stage}", marks=needs_deepspeed) for stage in (1, 2, 3)]
 # Shares of a step differ, and gradients are really clipped; adamw's decay and the schedule are in it too.
 TRAINING = STEPS | {"max_steps": 6, "batch_size": 3, "max_grad_norm": 0.05, "weight_decay": 0.1}
