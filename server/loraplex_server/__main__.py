@@ -70,7 +70,7 @@ def serve(**options: Any) -> None:
     """
     try:
         _serve(options)
-    except (OSError, ValueError, RuntimeError) as error:  # the user's and the world's mistakes
+    except (OSError, ValueError, RuntimeError, MemoryError) as error:  # the user's and the world's mistakes
         click.echo(f"error: {error}", err=True)
         sys.exit(1)
 

@@ -8,13 +8,16 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import modeling_utils
+from transformers.integrations.bitsandbytes import Bnb4bitQuantize
 
 from loraplex_server.engine.model import load_base
+from loraplex_trainer import served
 from loraplex_trainer.data import encode_split, epoch_order, read_split
 from loraplex_trainer.encoding import encoder_for
 from loraplex_trainer.errors import OutOfMemory
@@ -73,6 +76,18 @@ def test_out_of_memory_says_what_to_lower_and_that_is_enough(write_run, train, e
     assert "lower data.max_tokens to " in result.stderr
 
 
+def test_scoring_that_does_not_fit_costs_no_training(write_run, train, receipt, monkeypatch):
+    run = write_run(evaluation={"samples": 1, "max_tokens": 8})
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            served, "load_base", Mock(side_effect=RuntimeError("DefaultCPUAllocator: can't allocate memory"))
+        )
+        error = train(run, exit_code=1).stderr
+    assert error.count("\n") == 1 and "out of memory while the adapter was scored" in error and "--resume" in error
+    assert "step 1/" not in train(run, "--resume").stdout
+    assert receipt()["steps"] == 6
+
+
 @pytest.mark.parametrize(
     ("quantization", "advice"),
     [("none", "by nf4: set base.quantization to nf4, or take a smaller base"), ("nf4", "the least: take a smaller")],
@@ -81,14 +96,18 @@ def test_a_base_that_does_not_fit_is_told_with_what_would(
     write_run, train, tmp_path, monkeypatch, quantization, advice
 ):
     load = modeling_utils.convert_and_load_state_dict_in_model  # pyright: ignore[reportPrivateImportUsage]
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     def no_room(load_config: Any, **more: Any) -> Any:
         if load_config.device_map == {"": "meta"}:
             return load(load_config=load_config, **more)
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        raise error
 
     run = write_run(base__quantization=quantization)
-    monkeypatch.setattr(modeling_utils, "convert_and_load_state_dict_in_model", no_room)
+    if quantization == "none":
+        monkeypatch.setattr(modeling_utils, "convert_and_load_state_dict_in_model", no_room)
+    else:  # transformers keeps this error for a table, and raises one of its own
+        monkeypatch.setattr(Bnb4bitQuantize, "convert", Mock(side_effect=error))
     error = train(run, exit_code=1).stderr
     assert "error: base.model: " in error and "does not fit into memory: " in error and " MiB of weights by " in error
     assert advice in error

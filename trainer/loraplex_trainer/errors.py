@@ -8,6 +8,7 @@ TrainerError
 ├── BaseTooLarge(MemoryError)       the base did not fit
 ├── OutOfMemory(MemoryError)        a step did not fit
 ├── TooMuchTogether(MemoryError)    a step of several runs did not fit
+├── NotScored(MemoryError)          scoring what was trained did not fit
 ├── NotWritten(OSError)             the disk is full, or not to be written to
 ├── EvaluationError(RuntimeError)   the user's metric failed; what was trained is in the checkpoint
 ├── NotMerged(ArithmeticError)      the merged model is another one than base and adapter side by side
@@ -84,6 +85,18 @@ class TooMuchTogether(TrainerError, MemoryError):
         super().__init__(
             f"out of memory with {rows} examples of {runs} runs, of up to {tokens} tokens, at a time: lower "
             "training.batch_size of each (and raise training.accumulation_steps as much), or train fewer together"
+        )
+
+
+class NotScored(TrainerError, MemoryError):
+    """The steps are done, and scoring their adapter did not fit into memory. Nothing that was trained is lost."""
+
+    def __init__(self, quantization: str) -> None:
+        smaller = "" if quantization == "nf4" else ", set base.quantization to nf4"
+        super().__init__(
+            "out of memory while the adapter was scored by the serving engine, which loads the base anew: end what "
+            f"else takes memory{smaller}, or lower evaluation.max_tokens; the training is done and kept: --resume "
+            "scores it"
         )
 
 

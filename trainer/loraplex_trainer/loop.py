@@ -16,6 +16,7 @@ import torch
 from peft import PeftModel
 from torch.nn.functional import cross_entropy
 
+from loraplex_server.engine.model import OUT_OF_MEMORY
 from loraplex_trainer import seq2seq
 from loraplex_trainer.adapter import ADAPTER, rate_groups, trainable_parameters
 from loraplex_trainer.config import RunConfig
@@ -181,7 +182,7 @@ def memory_named(error: Callable[[], TrainerError]) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as torchs:  # the CPU's allocator raises a plain RuntimeError
-        if not isinstance(torchs, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(torchs):
+        if not isinstance(torchs, MemoryError) and not any(words in str(torchs) for words in OUT_OF_MEMORY):
             raise
         raise error() from torchs
 

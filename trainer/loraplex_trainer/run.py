@@ -23,12 +23,12 @@ from loraplex_trainer.checkpoint import Progress, finish_swap, load_progress, re
 from loraplex_trainer.config import RunConfig
 from loraplex_trainer.data import Encoded, Split, encode_split, read_splits
 from loraplex_trainer.encoding import Encoder, Example, encoder_for
-from loraplex_trainer.errors import CheckpointError, ConfigError, DataError
+from loraplex_trainer.errors import CheckpointError, ConfigError, DataError, NotScored
 from loraplex_trainer.evaluate import Plan, evaluate, score_table
 from loraplex_trainer.fast import use_kernels
 from loraplex_trainer.identity import difference, run_identity
 from loraplex_trainer.lock import locked_folder
-from loraplex_trainer.loop import Loop
+from loraplex_trainer.loop import Loop, memory_named
 from loraplex_trainer.memory import load_within_memory
 from loraplex_trainer.packing import pack, prepare_packing
 from loraplex_trainer.parent import find_parent
@@ -135,7 +135,8 @@ def open_session(
 def finish(material: Material, trained: Trained, partial: Path, pushes: Pushes) -> None:
     """From an adapter's files in `partial` to its folder: measured, with card and receipt, and pushed."""
     config, console = material.config, material.console
-    measured = evaluate(config, material.plan, partial, material.splits, trained.encoded, console)
+    with memory_named(lambda: NotScored(config.base.quantization)):
+        measured = evaluate(config, material.plan, partial, material.splits, trained.encoded, console)
     with writing(partial, "the adapter"):
         complete(partial, config, material.splits, trained, measured)
         pushes.add(FINAL, len(trained.losses), lambda place: shutil.copytree(partial, place, dirs_exist_ok=True))

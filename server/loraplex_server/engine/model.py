@@ -34,6 +34,7 @@ QUANTIZATIONS = ("nf4", "fp4", "int8", "none")
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TASKS = {"causal": AutoModelForCausalLM, "seq2seq": AutoModelForSeq2SeqLM}
+OUT_OF_MEMORY = ("out of memory", "allocate memory")  # in what torch says for want of it
 # Weights and tokenizer only: never pickles, never another framework's copy of the weights.
 _HUB_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.safetensors")
 # Sizes that differ are told too, instead of transformers' own error.
@@ -100,6 +101,7 @@ def load_base(
 
     Raises:
         BaseNotFound: no such folder or Hub repository, or it holds no language model of this task.
+        MemoryError, or torch's own error: it did not fit.
         BaseUnusable: an unknown option, a device that is not there, a base of which a part would be off its GPUs, one
             that reads more than text, is quantized or adapted already, or whose weights are damaged, missing, or of
             other sizes than its config says.
@@ -128,7 +130,12 @@ def load_base(
         if weights:
             placed = {"": where} if device_map is None else device_map
             options = {"dtype": compute, "quantization_config": scheme, "device_map": placed, "use_safetensors": True}
-            model, told = TASKS[task].from_pretrained(folder, config=config, **options, **_TELLING)
+            try:
+                model, told = TASKS[task].from_pretrained(folder, config=config, **options, **_TELLING)
+            except RuntimeError as error:
+                if not any(words in (hidden := _hidden_errors(error)) for words in OUT_OF_MEMORY):
+                    raise
+                raise MemoryError(f"base {id_or_path!r} did not fit into memory: {hidden.splitlines()[-1]}") from error
             _refuse_incomplete(id_or_path, told)
         else:
             model = _without_numbers(folder, config, task, compute)
@@ -263,6 +270,16 @@ def _told_beforehand(name: str, folder: Path, config: Any, task: str) -> Mapping
     finally:
         transformers_logging.set_verbosity(verbosity)
     return told
+
+
+def _hidden_errors(error: RuntimeError) -> str:
+    """What went wrong while weights were quantized: transformers keeps it for a table, and raises its own error."""
+    trace = error.__traceback__
+    while trace:
+        if found := getattr(trace.tb_frame.f_locals.get("loading_info"), "conversion_errors", None):
+            return "\n".join(found.values())
+        trace = trace.tb_next
+    return ""
 
 
 def _refuse_incomplete(name: str, told: Mapping[str, Any]) -> None:
