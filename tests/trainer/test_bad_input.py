@@ -41,16 +41,18 @@ def test_a_loss_that_is_not_finite_names_its_batch(write_run, train, settings):
 
 
 class NoRoom(TorchDispatchMode):
-    """An allocator that has room for matrices of few rows only, and says so as torch's own does."""
+    """An allocator that has room for matrices of few rows, or tokens, only, and says so as torch's own does."""
 
-    def __init__(self, rows: int, error: type[Exception], words: str) -> None:
+    def __init__(self, rows: int, error: type[Exception], words: str, tokens: int = 10**9) -> None:
         super().__init__()
-        self.rows, self.error, self.words = rows, error, words
+        self.rows, self.error, self.words, self.tokens = rows, error, words, tokens
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten.embedding.default and out.shape[0] > self.rows:
-            raise self.error(self.words)
+        if func is torch.ops.aten.embedding.default:
+            rows, tokens, _ = out.shape
+            if rows > self.rows or rows * tokens > self.tokens:
+                raise self.error(self.words)
         return out
 
 
@@ -74,6 +76,16 @@ def test_out_of_memory_says_what_to_lower_and_that_is_enough(write_run, train, e
     with NoRoom(rows=0, error=error, words=words):
         result = train(run, "training.batch_size=1", exit_code=1)
     assert "lower data.max_tokens to " in result.stderr
+
+
+def test_too_much_together_says_what_to_halve_and_that_is_enough(write_run, train, receipt, tmp_path):
+    runs = [write_run(name=name).rename(tmp_path / f"{name}.yaml") for name in ("one", "other")]
+    with NoRoom(rows=8, error=torch.OutOfMemoryError, words="CUDA out of memory", tokens=250):
+        error = train(*runs, exit_code=1).stderr
+        assert error.count("\n") == 1 and "out of memory with 16 examples of 2 runs, of up to " in error
+        assert "halve training.batch_size of each and double training.accumulation_steps" in error
+        train(*runs, "training.batch_size=4", "training.accumulation_steps=2")
+    assert receipt("one")["steps"] == receipt("other")["steps"] == 6
 
 
 def test_scoring_that_does_not_fit_costs_no_training(write_run, train, receipt, monkeypatch):

@@ -83,8 +83,9 @@ class TooMuchTogether(TrainerError, MemoryError):
 
     def __init__(self, rows: int, runs: int, tokens: int) -> None:
         super().__init__(
-            f"out of memory with {rows} examples of {runs} runs, of up to {tokens} tokens, at a time: lower "
-            "training.batch_size of each (and raise training.accumulation_steps as much), or train fewer together"
+            f"out of memory with {rows} examples of {runs} runs, of up to {tokens} tokens, at a time: halve "
+            "training.batch_size of each and double training.accumulation_steps: the same steps, with half of it in "
+            "memory at a time; or train fewer together"
         )
 
 
