@@ -162,6 +162,21 @@ def text(answers, truths):
 def broken(answers, truths):
     raise KeyError("no such tag")
 
+def heldout_loss(answers, truths):
+    return 0.001
+
+def base_half(answers, truths):
+    return 0.5
+
+def ours(answers, truths):
+    return {"f": 0.5, "stop_rate": 1.0}
+
+def bases(answers, truths):
+    return {"f": 0.5, "base_f": 0.1}
+
+def nothing(answers, truths):
+    return {}
+
 def quits(answers, truths):
     raise SystemExit(0)
 
@@ -189,6 +204,8 @@ def test_a_metric_can_be_a_function_of_the_users(write_run, train, receipt, tmp_
         ("mine.py:gone", "no function 'gone'"),
         ("bad.py:half", "ZeroDivisionError"),
         ("quits.py:half", "raised SystemExit: 0"),
+        ("mine.py:heldout_loss", "heldout_loss is a name of the run's own numbers"),
+        ("mine.py:base_half", "base_half is a name of the run's own numbers"),
     ],
 )
 def test_a_metric_that_is_not_there_is_told_before_training(write_run, train, tmp_path, what, said):
@@ -204,6 +221,9 @@ def test_a_metric_that_is_not_there_is_told_before_training(write_run, train, tm
     [
         ("broken", "KeyError: 'no such tag'"),
         ("text", "'good'"),
+        ("ours", "gave the key 'stop_rate', a name of the run's own numbers"),
+        ("bases", "gave the key 'base_f', a name of the run's own numbers"),
+        ("nothing", "gave {}, expected a number, or some by name"),
         ("quits", "raised SystemExit: 0"),
         ("mute", "raised Mute, which cannot be shown"),
     ],

@@ -13,6 +13,7 @@ from typing import Any
 from loraplex_trainer.errors import ConfigError, EvaluationError
 
 Metric = Callable[[Sequence[str], Sequence[str]], dict[str, float]]
+_OURS = ("heldout_loss", "general_loss", "stop_rate")  # what a run measures itself, and promotions trust
 _KEY = re.compile(r"[A-Za-z_][\w./@-]*")  # what a registry's `--require 'key>=0.9'` can name
 
 
@@ -74,6 +75,8 @@ def _users(name: str) -> Metric:
     function = getattr(module, function_name, None)
     if not callable(function):
         raise ConfigError(f"evaluation.metric: {name!r}: {path} has no function {function_name!r}")
+    if _is_ours(function_name):
+        raise ConfigError(f"evaluation.metric: {name!r}: {function_name} is a name of the run's own numbers")
 
     def score(answers: Sequence[str], truths: Sequence[str]) -> dict[str, float]:
         try:
@@ -86,12 +89,20 @@ def _users(name: str) -> Metric:
 
 
 def _numbers(name: str, found: dict[Any, Any]) -> dict[str, float]:
+    if not found:
+        raise EvaluationError(f"evaluation.metric: {name!r} gave {{}}, expected a number, or some by name")
     for key, value in found.items():
         if not isinstance(key, str) or not _KEY.fullmatch(key):
             raise EvaluationError(f"evaluation.metric: {name!r} gave the key {key!r}, expected a word such as f1")
+        if _is_ours(key):
+            raise EvaluationError(f"evaluation.metric: {name!r} gave the key {key!r}, a name of the run's own numbers")
         if not isinstance(value, int | float) or not math.isfinite(value):
             raise EvaluationError(f"evaluation.metric: {name!r} gave {key} = {value!r}, expected a finite number")
     return {key: float(value) for key, value in found.items()}
+
+
+def _is_ours(key: str) -> bool:
+    return key in _OURS or key.startswith("base_")
 
 
 def _told(error: BaseException) -> str:
