@@ -40,6 +40,30 @@ def test_a_loss_that_is_not_finite_names_its_batch(write_run, train, settings):
     assert named == [f"{config.data.train}:{index + 1}" for index in sorted(order[place])]
 
 
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"data__heldout": None}, "loss after the last step"),
+        ({}, "loss after the last step"),
+        ({"training__evaluate_every": 1, "training__keep": "best"}, "held-out loss"),
+    ],
+)
+def test_a_last_step_that_overflows_is_not_complete(write_run, train, tmp_path, changes, what):
+    """No step came after it whose loss would have told."""
+    result = train(write_run(**changes), "training.learning_rate=1e30", "training.max_steps=1", exit_code=1)
+    assert result.stderr.startswith(f"error: the {what} is nan at step 1, whose examples are {tmp_path}/train.jsonl:")
+    assert result.stderr.count("\n") == 1 and "lower training.learning_rate" in result.stderr
+    assert not [path for path in (tmp_path / "adapters").rglob("*") if path.is_file()]
+
+
+def test_a_last_step_of_several_that_overflows_leaves_the_others(write_run, train, tmp_path):
+    good = write_run(name="good").rename(tmp_path / "good.yaml")
+    bad = write_run(name="bad", training__learning_rate=1e30)
+    result = train(good, bad, "training.max_steps=1", exit_code=1)
+    assert result.stderr.startswith("error: bad: the loss after the last step is nan at step 1")
+    assert [path.parent.name for path in (tmp_path / "adapters").glob("*/receipt.json")] == ["good"]
+
+
 class NoRoom(TorchDispatchMode):
     """An allocator that has room for matrices of few rows, or tokens, only, and says so as torch's own does."""
 

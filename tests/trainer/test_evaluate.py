@@ -18,6 +18,7 @@ from loraplex_server.app import create_app
 from loraplex_server.config import ServerConfig
 from loraplex_trainer.card import _cell
 from loraplex_trainer.data import read_split
+from loraplex_trainer.errors import EvaluationError
 from loraplex_trainer.metrics import exact_match, find_metric, tag_f1
 from loraplex_trainer.run_file import load_config
 
@@ -179,7 +180,31 @@ def test_general_text_that_is_none_is_told_before_training(write_run, train, tmp
 
 
 METRIC = """
+from __future__ import annotations
+
+from dataclasses import dataclass
 from statistics import fmean
+
+import numpy as np
+
+@dataclass
+class Score:
+    value: float
+
+def lone(answers):
+    return 0.5
+
+def named(*, answers, truths):
+    return 0.5
+
+def numpys(answers, truths):
+    return np.float32(Score(0.5).value)
+
+def huge(answers, truths):
+    return 10**400
+
+def truth(answers, truths):
+    return True
 
 def lengths(answers, truths):
     assert len(answers) == len(truths) == 8
@@ -193,6 +218,21 @@ def text(answers, truths):
 
 def broken(answers, truths):
     raise KeyError("no such tag")
+
+def heldout_loss(answers, truths):
+    return 0.001
+
+def base_half(answers, truths):
+    return 0.5
+
+def ours(answers, truths):
+    return {"f": 0.5, "stop_rate": 1.0}
+
+def bases(answers, truths):
+    return {"f": 0.5, "base_f": 0.1}
+
+def nothing(answers, truths):
+    return {}
 
 def quits(answers, truths):
     raise SystemExit(0)
@@ -212,6 +252,7 @@ def test_a_metric_can_be_a_function_of_the_users(write_run, train, receipt, tmp_
     assert {"words", "commas", "base_words", "base_commas", "stop_rate"} <= receipt()["metrics"].keys()
     train(write_run(evaluation={**SHORT, "metric": f"python:{tmp_path}/mine.py:half"}))
     assert receipt()["metrics"]["half"] == receipt()["metrics"]["base_half"] == 0.5
+    assert find_metric(f"python:{tmp_path}/mine.py:numpys")(["a"], ["b"]) == {"numpys": 0.5}
 
 
 @pytest.mark.parametrize(
@@ -221,6 +262,10 @@ def test_a_metric_can_be_a_function_of_the_users(write_run, train, receipt, tmp_
         ("mine.py:gone", "no function 'gone'"),
         ("bad.py:half", "ZeroDivisionError"),
         ("quits.py:half", "raised SystemExit: 0"),
+        ("mine.py:lone", "is called with two lists, answers and truths: too many positional arguments"),
+        ("mine.py:named", "is called with two lists, answers and truths: too many positional arguments"),
+        ("mine.py:heldout_loss", "heldout_loss is a name of the run's own numbers"),
+        ("mine.py:base_half", "base_half is a name of the run's own numbers"),
     ],
 )
 def test_a_metric_that_is_not_there_is_told_before_training(write_run, train, tmp_path, what, said):
@@ -236,6 +281,9 @@ def test_a_metric_that_is_not_there_is_told_before_training(write_run, train, tm
     [
         ("broken", "KeyError: 'no such tag'"),
         ("text", "'good'"),
+        ("ours", "gave the key 'stop_rate', a name of the run's own numbers"),
+        ("bases", "gave the key 'base_f', a name of the run's own numbers"),
+        ("nothing", "gave {}, expected a number, or some by name"),
         ("quits", "raised SystemExit: 0"),
         ("mute", "raised Mute, which cannot be shown"),
     ],
@@ -247,6 +295,15 @@ def test_a_metric_that_fails_costs_no_training(write_run, train, receipt, tmp_pa
     assert said in result.stderr and "--resume" in result.stderr
     result = train(run, "--resume", f"evaluation.metric=python:{tmp_path}/mine.py:half")
     assert "step 1/" not in result.stdout and receipt()["metrics"]["half"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("function", "said"), [("huge", "huge = 10000000.*000000, expected"), ("truth", "truth = True")]
+)
+def test_a_metric_gives_a_number_that_a_receipt_can_hold(tmp_path, function, said):
+    (tmp_path / "mine.py").write_text(METRIC)
+    with pytest.raises(EvaluationError, match=said):
+        find_metric(f"python:{tmp_path}/mine.py:{function}")(["a"], ["b"])
 
 
 def test_rouge_l_knows_words_of_any_alphabet():

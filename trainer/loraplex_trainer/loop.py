@@ -135,12 +135,26 @@ class Loop:
         return self.step % steps == 0 or self.step == self.total_steps
 
     def measure(self, heldout: Sequence[Example]) -> None:
-        """Adds the held-out loss of now to `evaluations`, and keeps the weights when none was lower."""
-        loss = mean_loss(self.forward, heldout, self.config.training.batch_size, self.pad_id, self.team)
+        """Adds the held-out loss of now to `evaluations`, and keeps the weights when none was lower.
+
+        Raises NotFinite.
+        """
+        loss = self.loss_now("held-out loss", heldout)
         self.evaluations.append((self.step, loss))
         if self.config.training.keep == "best" and is_best(self.evaluations):
             with self.team.whole(self):
                 self.best = {name: value.detach().to("cpu", copy=True) for name, value in self.parameters.items()}
+
+    def check_last(self) -> None:
+        """Raises NotFinite where the last step's own examples have no loss any more: no step comes that would tell."""
+        self.loss_now("loss after the last step", [self.examples[index] for index in self._latest()])
+
+    def loss_now(self, what: str, examples: Sequence[Example]) -> float:
+        """Nats per answer token. Raises NotFinite, by the name of `what`, for the step that led here."""
+        loss = mean_loss(self.forward, examples, self.config.training.batch_size, self.pad_id, self.team)
+        if not math.isfinite(loss):
+            raise NotFinite(self.step, what, loss, self._rows(self._latest()))
+        return loss
 
     def settle(self) -> int:
         """Puts the best weights back where those are to be kept; returns the step whose weights the model has now."""
@@ -156,10 +170,18 @@ class Loop:
         for step, ((loss, norm), (*_, indices)) in enumerate(zip(values, self._unread, strict=True), start=first):
             for what, value in (("loss", loss), ("gradient norm", norm)):
                 if not math.isfinite(value):
-                    rows = [where for index in sorted(indices) for where in self.examples[index].where]
-                    raise NotFinite(step, what, value, rows)
+                    raise NotFinite(step, what, value, self._rows(indices))
             self.losses.append(loss)
         self._unread.clear()
+
+    def _latest(self) -> list[int]:
+        """The examples of the step before, whichever process took it."""
+        epoch, place = divmod(self.step - 1, self.steps_per_epoch)
+        lengths = [len(example.ids) for example in self.examples]
+        return epoch_order(lengths, self.config.examples_per_step, self.config.training.seed, epoch)[place]
+
+    def _rows(self, indices: Sequence[int]) -> list[str]:
+        return [where for index in sorted(indices) for where in self.examples[index].where]
 
     def _forward_backward(self, step: Step) -> torch.Tensor:
         """Adds to the gradients; returns the loss of this process's share, a part of the mean over the whole step."""

@@ -4,15 +4,20 @@ A metric takes all answers and all truths, and gives one or more numbers by name
 """
 
 import importlib.util
+import inspect
 import math
 import re
+import reprlib
+import sys
 from collections.abc import Callable, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 from loraplex_trainer.errors import ConfigError, EvaluationError
 
 Metric = Callable[[Sequence[str], Sequence[str]], dict[str, float]]
+_OURS = ("heldout_loss", "general_loss", "stop_rate")  # what a run measures itself, and promotions trust
 _KEY = re.compile(r"[A-Za-z_][\w./@-]*")  # what a registry's `--require 'key>=0.9'` can name
 
 
@@ -67,6 +72,7 @@ def _users(name: str) -> Metric:
     spec = importlib.util.spec_from_file_location(f"_metric_{file.stem}", file)
     assert spec and spec.loader  # the name ends in .py
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look their annotations up
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
@@ -74,6 +80,9 @@ def _users(name: str) -> Metric:
     function = getattr(module, function_name, None)
     if not callable(function):
         raise ConfigError(f"evaluation.metric: {name!r}: {path} has no function {function_name!r}")
+    if _is_ours(function_name):
+        raise ConfigError(f"evaluation.metric: {name!r}: {function_name} is a name of the run's own numbers")
+    _check_takes_two(name, function)
 
     def score(answers: Sequence[str], truths: Sequence[str]) -> dict[str, float]:
         try:
@@ -86,12 +95,43 @@ def _users(name: str) -> Metric:
 
 
 def _numbers(name: str, found: dict[Any, Any]) -> dict[str, float]:
+    if not found:
+        raise EvaluationError(f"evaluation.metric: {name!r} gave {{}}, expected a number, or some by name")
     for key, value in found.items():
         if not isinstance(key, str) or not _KEY.fullmatch(key):
             raise EvaluationError(f"evaluation.metric: {name!r} gave the key {key!r}, expected a word such as f1")
-        if not isinstance(value, int | float) or not math.isfinite(value):
-            raise EvaluationError(f"evaluation.metric: {name!r} gave {key} = {value!r}, expected a finite number")
+        if _is_ours(key):
+            raise EvaluationError(f"evaluation.metric: {name!r} gave the key {key!r}, a name of the run's own numbers")
+        if not _is_finite(value):
+            shown = reprlib.repr(value)
+            raise EvaluationError(f"evaluation.metric: {name!r} gave {key} = {shown}, expected a finite number")
     return {key: float(value) for key, value in found.items()}
+
+
+def _check_takes_two(name: str, function: Callable[..., Any]) -> None:
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # not every function written in C says what it takes
+        return
+    try:
+        signature.bind([], [])
+    except TypeError as error:
+        raise ConfigError(
+            f"evaluation.metric: {name!r} is called with two lists, answers and truths: {error}"
+        ) from error
+
+
+def _is_finite(value: object) -> bool:
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number that no float can hold
+        return False
+
+
+def _is_ours(key: str) -> bool:
+    return key in _OURS or key.startswith("base_")
 
 
 def _told(error: BaseException) -> str:

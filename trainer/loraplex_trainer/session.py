@@ -25,7 +25,7 @@ from loraplex_trainer.data import Encoded, Split
 from loraplex_trainer.encoding import Encoder
 from loraplex_trainer.errors import Interrupted
 from loraplex_trainer.evaluate import Measured
-from loraplex_trainer.loop import Loop, mean_loss, stop_signals
+from loraplex_trainer.loop import Loop, stop_signals
 from loraplex_trainer.progress import Reporter, bars, say
 from loraplex_trainer.push import DRAFT, Pushes, every_steps
 from loraplex_trainer.receipt import Trained, base_record, receipt_of, write_receipt
@@ -82,7 +82,7 @@ class Session:
             yield partial(self._after_step, reporter, stopped)
 
     def settle(self) -> Trained:
-        """After the last step: the weights that are kept, and their held-out loss."""
+        """After the last step: the weights that are kept, and their held-out loss. Raises NotFinite."""
         loop = self.loop
         if loop.step < loop.total_steps:
             say(self.console, f"stopped at step {loop.step}: the held-out loss no longer falls")
@@ -91,8 +91,7 @@ class Session:
             say(self.console, f"kept: the weights of step {kept_step}, where the held-out loss was lowest")
         heldout_loss = dict(loop.evaluations).get(kept_step)
         if heldout_loss is None and "heldout" in self.encoded:
-            examples, size = self.encoded["heldout"].examples, self.config.training.batch_size
-            heldout_loss = mean_loss(loop.forward, examples, size, loop.pad_id, loop.team)
+            heldout_loss = loop.loss_now("held-out loss", self.encoded["heldout"].examples)
         return self._trained(kept_step, heldout_loss)
 
     def write(self, folder: Path) -> None:
@@ -121,6 +120,8 @@ class Session:
             loop.measure(self.encoded["heldout"].examples)
             reporter.measured(loop)
             finished = finished or should_stop(loop.evaluations, training.early_stopping)
+        elif finished:
+            loop.check_last()
         if report_due:
             reporter.report(loop)
         if save_due or finished or push_due:
