@@ -288,6 +288,16 @@ class TestTruncation:
         assert base.tokenizer.decode(example.ids).startswith("river ->: stone lantern stone")
         assert EOS not in example.ids  # an answer that was cut did not end
 
+    @pytest.mark.parametrize(("truncation", "ended"), [("prompt_left", 2), ("right", 1)])
+    def test_the_receipt_counts_the_ends_that_are_learnt(self, write_run, train, receipt, tmp_path, truncation, ended):
+        rows = [{"prompt": prompt, "completion": " stone"} for prompt in ("river ->:", "@" * 14 + " ->:")]
+        (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        data = {"train": str(tmp_path / "rows.jsonl"), "max_tokens": 16, "truncation": truncation}
+        train(write_run(data=data, training__max_steps=1))
+        written = receipt()
+        assert (written["data"]["train"]["examples"], written["data"]["train"]["truncated"]) == (2, 1)
+        assert written["mask"] == {"loss_on": ["completion"], "end_of_sequence": ended}
+
     def test_error_names_the_row(self, made):
         with pytest.raises(DataError, match=r"rows\.jsonl:2: \d+ tokens, more than data\.max_tokens = 16"):
             made(LONG, truncation="error", max_tokens=16)
@@ -345,7 +355,7 @@ def test_a_conversation_is_scored_on_its_last_answer(write_run, train, receipt, 
     written = receipt()
     scored = {key: written["metrics"][key] for key in ("exact_match", "stop_rate", "base_exact_match")}
     assert scored == {"exact_match": 1.0, "stop_rate": 1.0, "base_exact_match": 0.0}
-    assert written["mask"] == {"loss_on": ["assistant"], "end_of_sequence": True}
+    assert written["mask"] == {"loss_on": ["assistant"], "end_of_sequence": 2}
     assert written["template"].keys() == {"form", "chat", "stop"} and written["template"]["form"] == "usr_bot"
 
 

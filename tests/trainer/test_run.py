@@ -279,8 +279,10 @@ def test_the_receipt_says_what_the_adapter_was_made_of(write_run, train, receipt
         assert digest == "sha256:" + hashlib.sha256((folder / name).read_bytes()).hexdigest()
     assert written["files"].keys() == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
     assert written["template"] == {"form": "prompt_completion", "prompt": "{quote} ->:", "completion": " {tags}"}
-    assert written["mask"] == {"loss_on": ["completion"], "end_of_sequence": True}
+    assert written["mask"] == {"loss_on": ["completion"], "end_of_sequence": 48}
     assert written["versions"]["torch"] == torch.__version__ and written["versions"]["bitsandbytes"]
+    assert written["versions"]["cuda"] == torch.version.cuda and "deepspeed" not in written["versions"]
+    assert written["processes"] == 1 and written["hardware"]["gpus"] == torch.cuda.device_count()
     assert written["losses"]["train_last"] < written["losses"]["train_first"]
     assert written["losses"]["heldout"] > 0 and written["parent"] is None
     names = {"heldout_loss", "stop_rate"}

@@ -102,6 +102,7 @@ def test_the_loss_is_that_of_one_process(
     shared = training | {"distributed": {"strategy": strategy, "offload": offload}}
     out, _ = torchrun(write_run(name="several", base=base, training=shared))
     one, several = receipt("one"), receipt("several")
+    assert several["processes"] == 2 and bool(several["versions"].get("deepspeed")) == (strategy != "fsdp")
     assert one["losses"]["train_last"] < one["losses"]["train_first"] - 0.1
     assert several["losses"] == pytest.approx(one["losses"], abs=2e-5)
     assert several["kept_step"] == one["kept_step"]

@@ -73,6 +73,7 @@ def test_the_loss_is_that_of_one_process(quantization, processes, write_run, tra
     out, _ = torchrun(write_run(name="several", base=base, training=training), processes=processes)
     assert out.count("step 1/5") == 1 and out.count("adapter: ") == 1  # the first process alone speaks
     one, several = receipt("one"), receipt("several")
+    assert (one["processes"], several["processes"]) == (1, processes)
     assert one["losses"]["train_last"] < one["losses"]["train_first"] - 0.1
     assert several["losses"] == pytest.approx(one["losses"], abs=2e-5)
     for ours, theirs in zip(several["evaluations"], one["evaluations"], strict=True):

@@ -84,10 +84,10 @@ class Encoder:
         ends = self.turn_end and self.tokenizer.convert_tokens_to_ids(self.turn_end) not in self.eos_ids
         return {"form": self.data.form, "chat": self.chat_template, "stop": [self.turn_end] if ends else []}
 
-    @property
-    def mask(self) -> dict[str, Any]:
-        """What the loss is on, as the receipt says it: these turns, and the end of each example."""
-        return {"loss_on": sorted(self.roles), "end_of_sequence": True}
+    def mask(self, examples: Sequence[Example]) -> dict[str, Any]:
+        """What the loss is on, as the receipt says it: these turns, and the end of so many examples."""
+        ends = [one.ids[-1] in self.eos_ids and one.trained[-1][1] == len(one.ids) for one in examples]
+        return {"loss_on": sorted(self.roles), "end_of_sequence": sum(ends)}
 
     def encode(self, sample: Sample) -> list[Example]:
         """The sample's examples, whole: one, or more where a template writes the past anew; none without a label."""

@@ -41,6 +41,7 @@ class Trained:
     kept_step: int  # whose weights the adapter has
     heldout_loss: float | None
     parent: dict[str, Any] | None
+    processes: int  # that trained it
     started: float  # time.monotonic() at which a run without interruptions would have started
     beside: tuple[str, ...] = ()  # names of the runs that were trained in the same batches
 
@@ -68,6 +69,7 @@ def receipt_of(config: RunConfig, splits: dict[str, Split], trained: Trained, me
         "not_served": measured.not_served,
         "parent": trained.parent,
         "trained_beside": list(trained.beside),
+        "processes": trained.processes,
         "wall_seconds": round(time.monotonic() - trained.started, 3),
     }
 
@@ -98,20 +100,22 @@ def _data_record(split: Split, encoded: Encoded) -> dict[str, Any]:
 
 def write_receipt(folder: Path, receipt: dict[str, Any]) -> None:
     """Adds the sha256 of the files beside it and what it ran on, and writes receipt.json: the last file of a run."""
+    shares_by_deepspeed = receipt["config"]["training"]["distributed"]["strategy"].startswith("zero")
     document = {
         "format": FORMAT,
         **receipt,
         "files": {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.is_file()},
-        "versions": versions(),
+        "versions": versions("deepspeed") if shares_by_deepspeed else versions(),
         "hardware": hardware(),
         "peak_memory_bytes": peak_memory_bytes(),
     }
     (folder / RECEIPT).write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def versions() -> dict[str, str | None]:
-    """Of Python and of the packages that the numbers follow from."""
-    return {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
+def versions(*more: str) -> dict[str, str | None]:
+    """Of Python, of the CUDA that torch is built for, and of the packages that the numbers follow from."""
+    own = {"python": platform.python_version(), "cuda": torch.version.cuda}
+    return own | {name: _version(name) for name in (*PACKAGES, *more)}
 
 
 def sha256(path: Path) -> str:
@@ -120,13 +124,14 @@ def sha256(path: Path) -> str:
 
 
 def hardware() -> dict[str, str | int | None]:
-    """Processor, cores, memory and GPU model."""
+    """Processor, cores, memory, GPU model, and how many of them this machine gives."""
     return {
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_bytes": psutil.virtual_memory().total,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpus": torch.cuda.device_count(),
         "system": f"{platform.system()} {platform.machine()}",
     }
 
