@@ -169,6 +169,21 @@ def test_a_base_that_is_not_whole_is_refused(write_run, train, base_folder, tmp_
     assert f"base '{folder}'" in message and words in message and message.count("\n") == 1
 
 
+@pytest.mark.parametrize("options", [[], ["--check", "--no-timing"]])
+@pytest.mark.parametrize(
+    ("method", "advice"), [("lora", "lora.rank"), ("ia3", "ia3.target_modules"), ("prompt", "prompt.virtual_tokens")]
+)
+def test_an_adapter_that_does_not_fit_is_told_with_what_to_lower(
+    write_run, train, monkeypatch, method, advice, options
+):
+    def no_room(*_: object, **__: object) -> None:
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    monkeypatch.setattr("loraplex_trainer.adapter.get_peft_model", no_room)
+    error = train(write_run(method=method, lora={}), *options, exit_code=1).stderr
+    assert "error: the adapter does not fit into memory beside the base: " in error and advice in error
+
+
 def test_another_runtime_error_is_not_called_out_of_memory(write_run, train):
     with NoRoom(rows=4, error=RuntimeError, words="shapes differ"), pytest.raises(RuntimeError, match="shapes differ"):
         train(write_run())

@@ -238,7 +238,9 @@ def test_an_interrupted_run_goes_on_with_the_same_weights(write_run, train, tmp_
         ({"exclude_modules": ["q_proj"], "target_modules": ["q_proj"]}, ["lora", "excluded"]),
         ({"modules_to_save": ["head"]}, ["lora.modules_to_save", "'head'"]),
         ({"trainable_token_indices": [5000]}, ["lora.trainable_token_indices", "5000"]),
-        ({"init": "pissa", "rank": 65}, ["lora.rank", "65", "pissa", "64"]),
+        ({"rank": 65}, ["lora.rank: 65", "at most 64"]),
+        ({"rank_pattern": {"q_proj": 65}}, ["lora.rank_pattern.q_proj: 65", "at most 64"]),
+        ({"init": "pissa", "rank": 64}, ["lora.rank", "64", "pissa", "32", "k_proj"]),
         ({"init": "pissa", "dora": True}, ["lora.dora", "'pissa'"]),
         ({"init": "loftq"}, ["lora.init", "'loftq'", "'none'"]),
         ({"init": "orthogonal", "rank": 3}, ["lora.init", "even", "3"]),
@@ -248,8 +250,11 @@ def test_an_interrupted_run_goes_on_with_the_same_weights(write_run, train, tmp_
     ids=str,
 )
 def test_what_a_base_has_not_or_options_exclude_is_refused(write_run, train, lora, words):
-    message = train(run_of(write_run, lora), exit_code=2).stderr
-    assert message.count("\n") == 1 and all(word in message for word in words), message
+    """Before a run as in it."""
+    run = run_of(write_run, lora)
+    for options in ([], ["--check", "--no-timing"]):
+        message = train(run, *options, exit_code=2).stderr
+        assert message.count("\n") == 1 and all(word in message for word in words), message
 
 
 def test_a_quantized_module_is_not_trained_whole(write_run, train):

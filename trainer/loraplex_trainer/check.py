@@ -17,12 +17,12 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from loraplex_server.engine.model import load_base
-from loraplex_trainer.adapter import attach, load_weights
+from loraplex_trainer.adapter import load_weights
 from loraplex_trainer.config import RunConfig
 from loraplex_trainer.data import Encoded, steps_in_epoch
 from loraplex_trainer.encoding import Example, encoder_for
 from loraplex_trainer.loop import Loop
-from loraplex_trainer.memory import MemoryEstimate, base_bytes, estimate_memory, gib
+from loraplex_trainer.memory import MemoryEstimate, attach_within_memory, base_bytes, estimate_memory, gib
 from loraplex_trainer.parent import find_parent
 from loraplex_trainer.progress import duration, say
 from loraplex_trainer.run import Material, build_loop, encode_splits, rows_of
@@ -47,7 +47,7 @@ def check(config: RunConfig, console: Console, *, timing: bool) -> None:
     for number, example in enumerate(encoded["train"].examples[:SHOWN_EXAMPLES], start=1):
         console.print(rendered(number, example, base.tokenizer, colour=console.is_terminal), soft_wrap=True)
     loaded = base_bytes(base.model, config.base)
-    model = attach(base, config)
+    model = attach_within_memory(base, config)
     with tempfile.TemporaryDirectory() as scratch:
         if parent := find_parent(config, base.description, Path(scratch)):
             with warnings.catch_warnings():  # torch says that nothing is copied into a model without numbers

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Discriminator, Field, PositiveInt, Tag, field_validator, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator, model_validator
 
 from loraplex_server.engine.chat_templates import NAMES
-from loraplex_trainer.sections import Section
+from loraplex_trainer.sections import PositiveInt, Section
 
 Roles = Annotated[tuple[Literal["system", "user", "assistant"], ...], Field(min_length=1)]
 

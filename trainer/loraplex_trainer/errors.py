@@ -6,6 +6,7 @@ TrainerError
 ├── CheckpointError(RuntimeError)   nothing to resume, or a checkpoint of another run
 ├── NotFinite(ArithmeticError)      the loss or its gradient became NaN or infinite
 ├── BaseTooLarge(MemoryError)       the base did not fit
+├── AdapterTooLarge(MemoryError)    the adapter did not fit beside it
 ├── OutOfMemory(MemoryError)        a step did not fit
 ├── TooMuchTogether(MemoryError)    a step of several runs did not fit
 ├── NotScored(MemoryError)          scoring what was trained did not fit
@@ -60,6 +61,17 @@ class NotFinite(TrainerError, ArithmeticError):
 
 class BaseTooLarge(TrainerError, MemoryError):
     """The weights of the base did not fit into memory."""
+
+
+class AdapterTooLarge(TrainerError, MemoryError):
+    """The adapter of `method` did not fit into memory beside the base."""
+
+    def __init__(self, method: str) -> None:
+        advice = {
+            "lora": "lower lora.rank, or name fewer lora.target_modules",
+            "ia3": "name fewer ia3.target_modules",
+        }.get(method, "lower prompt.virtual_tokens, or prompt.hidden_size")
+        super().__init__(f"the adapter does not fit into memory beside the base: {advice}")
 
 
 class OutOfMemory(TrainerError, MemoryError):

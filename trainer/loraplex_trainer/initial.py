@@ -37,11 +37,11 @@ def begin(model: PeftModel, init: str, base: Base) -> None:
     start = _lost(base) if init == "loftq" else _STARTS[init]
     for path, layer in layers:
         a, b = layer.lora_A[OURS].weight, layer.lora_B[OURS].weight
-        if a.device.type == "meta":
-            continue  # only sizes are asked for
         most = min(layer.in_features, layer.out_features)
         if init != "orthogonal" and a.shape[0] > most:
             raise ConfigError(f"lora.rank: {a.shape[0]}, but {init} takes at most {most} of the weight of {path}")
+        if a.device.type == "meta":
+            continue  # only sizes are asked for
         first_a, first_b = start(path, layer)
         a.copy_(first_a)
         b.copy_(first_b)

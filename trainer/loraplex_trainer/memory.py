@@ -21,10 +21,11 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from loraplex_server.engine.model import Base, load_base
 from loraplex_trainer import seq2seq
-from loraplex_trainer.adapter import trainable_parameters
+from loraplex_trainer.adapter import attach, trainable_parameters
+from loraplex_trainer.config import RunConfig
 from loraplex_trainer.data import make_batch
 from loraplex_trainer.encoding import Example
-from loraplex_trainer.errors import BaseTooLarge
+from loraplex_trainer.errors import AdapterTooLarge, BaseTooLarge
 from loraplex_trainer.loop import memory_named
 from loraplex_trainer.packing import packed_inputs
 from loraplex_trainer.sections import BaseSection, TrainingSection
@@ -67,6 +68,12 @@ def load_within_memory(section: BaseSection, options: Mapping[str, Any]) -> Base
     """`load_base`, by its own `options`. Raises BaseTooLarge, which says what it takes and what would take less."""
     with memory_named(lambda: _too_large(section)):
         return load_base(**options)
+
+
+def attach_within_memory(base: Base, config: RunConfig) -> PeftModel:
+    """`attach`. Raises AdapterTooLarge, which says what to lower."""
+    with memory_named(lambda: AdapterTooLarge(config.method)):
+        return attach(base, config)
 
 
 def _too_large(section: BaseSection) -> BaseTooLarge:

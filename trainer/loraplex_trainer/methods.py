@@ -44,6 +44,7 @@ def lora_config(lora: LoraSection, model: Any, task: str = "causal") -> LoraConf
     for key in ("target_modules", "exclude_modules"):
         names = getattr(lora, key)
         _check_names(f"lora.{key}", () if isinstance(names, str) else names, linear)
+    _check_ranks(lora, max(_smaller_side(model.get_submodule(name)) for name in linear))
     if lora.bias != "none" and model.dtype != torch.float32:
         raise ConfigError(
             f"lora.bias: {lora.bias!r} trains the base's own biases, which are kept in {_name(model.dtype)} here: "
@@ -130,6 +131,22 @@ def _check_names(key: str, names: Iterable[str], linear: list[str]) -> None:
     for wanted in names:
         if not any(f".{name}".endswith(f".{wanted}") for name in linear):
             raise ConfigError(f"{key}: the base has no linear module {wanted!r}; it has {_leaves(linear)}")
+
+
+def _check_ranks(lora: LoraSection, most: int) -> None:
+    """Before peft makes matrices that may fill the memory."""
+    given = {"lora.rank": lora.rank, **{f"lora.rank_pattern.{name}": rank for name, rank in lora.rank_pattern.items()}}
+    for key, rank in given.items():
+        if rank > most:
+            raise ConfigError(
+                f"{key}: {rank}: no weight of the base has a higher rank than {most}, so an adapter has no use for "
+                f"one: at most {most} is expected"
+            )
+
+
+def _smaller_side(module: Any) -> int:
+    """Of a weight, whose rank is no higher."""
+    return min(module.weight.shape if isinstance(module, Conv1D) else (module.in_features, module.out_features))
 
 
 def _check_module_to_save(wanted: str, model: torch.nn.Module) -> None:

@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 
 from loraplex_server.engine.model import Base
-from loraplex_trainer.adapter import attach, load_weights
+from loraplex_trainer.adapter import load_weights
 from loraplex_trainer.checkpoint import Progress, finish_swap, load_progress, restore_state, swap_in, writing
 from loraplex_trainer.config import RunConfig
 from loraplex_trainer.data import Encoded, Split, encode_split, read_splits
@@ -29,7 +29,7 @@ from loraplex_trainer.fast import use_kernels
 from loraplex_trainer.identity import difference, run_identity
 from loraplex_trainer.lock import locked_folder
 from loraplex_trainer.loop import Loop, memory_named
-from loraplex_trainer.memory import load_within_memory
+from loraplex_trainer.memory import attach_within_memory, load_within_memory
 from loraplex_trainer.packing import pack, prepare_packing
 from loraplex_trainer.parent import find_parent
 from loraplex_trainer.places import check_places, in_the_way
@@ -151,7 +151,7 @@ def finish(material: Material, trained: Trained, partial: Path, pushes: Pushes) 
 def build_loop(config: RunConfig, base: Base, train: Encoded, team: Team = ALONE) -> Loop:
     """A fresh adapter on `base`, and the loop that trains it."""
     torch.manual_seed(config.training.seed)
-    model = attach(base, config)
+    model = attach_within_memory(base, config)
     if config.training.kernels and not team.shares_base:  # the kernels pack whole weights
         use_kernels(model)
     if config.data.packing:

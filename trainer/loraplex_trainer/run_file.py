@@ -173,6 +173,7 @@ def _explain(errors: Sequence[ErrorDetails]) -> Iterator[str]:
             yield messages[0]
             continue
         value = json.dumps(its_errors[0]["input"], ensure_ascii=False, default=str)
+        value = value if len(value) <= 200 else f"{value[:200]}…"
         expected = "" if its_errors[0]["type"] == "value_error" else "expected "
         yield f"{key}: {value}: {expected}{' or '.join(dict.fromkeys(messages))}"
 

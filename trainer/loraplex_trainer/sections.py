@@ -13,15 +13,18 @@ from pydantic import (
     ConfigDict,
     Field,
     NonNegativeFloat,
-    NonNegativeInt,
     PositiveFloat,
-    PositiveInt,
     field_validator,
 )
 
 from loraplex_registry.goldens import PROMPTS
 from loraplex_registry.reference import check_name
 
+MOST = 10**9  # of whatever is counted: beyond it a number is a slip, and C's and torch's whole numbers end
+PositiveInt = Annotated[int, Field(gt=0, le=MOST)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=MOST)]
+Rank = Annotated[int, Field(gt=0, le=65_536)]  # the base's layers bound it further
+Alpha = Annotated[int, Field(gt=0, le=1_000_000)]
 Ratio = Annotated[float, Field(ge=0.0, le=1.0)]
 Targets = Annotated[tuple[str, ...], Field(min_length=1)]
 Momentum = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -67,14 +70,14 @@ class BaseSection(Section):
 
 
 class LoraSection(Section):
-    rank: PositiveInt = 16
-    alpha: PositiveInt = 32
+    rank: Rank = 16
+    alpha: Alpha = 32
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     target_modules: Literal["all-linear"] | Targets = "all-linear"
     exclude_modules: tuple[str, ...] = ()
     layers_to_transform: tuple[NonNegativeInt, ...] = ()
-    rank_pattern: dict[str, PositiveInt] = {}
-    alpha_pattern: dict[str, PositiveInt] = {}
+    rank_pattern: dict[str, Rank] = {}
+    alpha_pattern: dict[str, Alpha] = {}
     rslora: bool = False
     dora: bool = False
     init: Literal["default", "gaussian", "orthogonal", "pissa", "olora", "loftq"] = "default"
@@ -113,7 +116,7 @@ class PromptSection(Section):
     text: str | None = None
     projection: bool = False
     encoder: Literal["mlp", "lstm"] = "mlp"
-    hidden_size: PositiveInt | None = None
+    hidden_size: Annotated[int, Field(gt=0, le=65_536)] | None = None
 
 
 class EarlyStopping(Section):
@@ -128,7 +131,7 @@ class DistributedSection(Section):
 
 
 class TrainingSection(Section):
-    epochs: PositiveFloat = 3
+    epochs: float = Field(default=3, gt=0, le=MOST)
     max_steps: PositiveInt | None = None
     batch_size: PositiveInt = 16
     accumulation_steps: PositiveInt = 1
@@ -194,7 +197,7 @@ class TrainingSection(Section):
 
 class EvaluationSection(Section):
     metric: Literal["tag_f1", "exact_match", "rouge_l", "none"] | UserMetric = "none"
-    max_tokens: PositiveInt = 32
+    max_tokens: Annotated[int, Field(gt=0, le=1_000_000)] = 32  # as the engine has it
     examples: PositiveInt | None = None
     general: str = Field(default="default", min_length=1)
     samples: int = Field(default=3, ge=0, le=20)

@@ -16,9 +16,9 @@ from loraplex_server.engine.errors import EngineError
 from loraplex_trainer.checkpoint import Progress, finish_swap, load_progress
 from loraplex_trainer.config import RunConfig
 from loraplex_trainer.encoding import encoder_for
-from loraplex_trainer.errors import CheckpointError, Interrupted, SomeFailed, TrainerError
+from loraplex_trainer.errors import AdapterTooLarge, CheckpointError, Interrupted, SomeFailed, TrainerError
 from loraplex_trainer.identity import difference, settings_of
-from loraplex_trainer.loop import Loop, stop_signals
+from loraplex_trainer.loop import Loop, memory_named, stop_signals
 from loraplex_trainer.memory import load_within_memory
 from loraplex_trainer.progress import Named, bars, say
 from loraplex_trainer.push import Pushes
@@ -143,7 +143,8 @@ def _open_sessions(jobs: Sequence[Job], console: Console) -> tuple[Shared, list[
         encode_splits(job.material.config, job.material.splits, base, encoder, job.material.console)
         for job, encoder in zip(jobs, encoders, strict=True)
     ]
-    shared = share(base, configs)
+    with memory_named(lambda: AdapterTooLarge("lora")):
+        shared = share(base, configs)
     sessions = []
     for job, encoder, splits, adapter in zip(jobs, encoders, encoded, shared.generators, strict=True):
         config, drawn = job.material.config, shared.generators[adapter]
