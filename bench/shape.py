@@ -40,7 +40,8 @@ def make_base(name: str = "llama-1.1b", **other: Any) -> Path:
         partial.mkdir(parents=True)
         with torch.device("meta"):
             model = LlamaForCausalLM(config)
-        model = model.to(torch.bfloat16).to_empty(device="cpu")
+        place = "cuda" if torch.cuda.is_available() else "cpu"  # which draws 7 B numbers in no time
+        model = model.to(torch.bfloat16).to_empty(device=place)
         model.tie_weights()
         with torch.no_grad():
             for parameter in model.parameters():
