@@ -22,7 +22,7 @@ from loraplex_trainer.config import RunConfig
 from loraplex_trainer.data import encode_split, read_split
 from loraplex_trainer.encoding import Example, encoder_for
 from loraplex_trainer.loop import Loop
-from loraplex_trainer.memory import MemoryEstimate, base_bytes, estimate_memory
+from loraplex_trainer.memory import MemoryEstimate, base_bytes, estimate_memory, gib
 from loraplex_trainer.run_file import load_config
 
 NF4 = {"base__quantization": "nf4", "base__dtype": "bfloat16"}
@@ -237,6 +237,20 @@ def test_too_little_memory_says_what_to_lower_and_by_how_much(write_run, monkeyp
     check(config, Console(), timing=False)
     told = capsys.readouterr().out
     assert "lower training.batch_size from 8 to 4" in told and "raise training.accumulation_steps to 4" in told
+
+
+@pytest.mark.parametrize("short", [False, True], ids=["fits", "too-much"])
+def test_of_several_runs_the_memory_is_added_up_with_one_base(write_run, train, tmp_path, monkeypatch, short):
+    (tmp_path / "first.yaml").write_bytes(write_run(name="first", training__batch_size=4, **NF4).read_bytes())
+    second = write_run(name="second", lora__rank=16, **NF4)
+    (one, _), (two, _) = (estimated(load_config(file)) for file in (tmp_path / "first.yaml", second))
+    whole = one.total + two.total - two.base
+    assert one.base == two.base and one.total < two.total < whole
+    monkeypatch.setattr("loraplex_trainer.check._free_memory", lambda _: (whole - short, "CPU"))
+    report = train(tmp_path / "first.yaml", second, "--check", "--no-timing").stdout
+    (line,) = (line for line in report.splitlines() if line.startswith("memory together"))
+    assert f"base {gib(one.base)}, once" in line and f": {gib(whole)} in all" in line
+    assert ("or train fewer together" in report) == short
 
 
 @pytest.mark.parametrize(

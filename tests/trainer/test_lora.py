@@ -157,6 +157,29 @@ def test_starts_on_a_quantized_base_work_on_that_base_as_everybody_has_it(
     assert (saved["r"], saved["lora_alpha"]) == ((8, 16) if lora.get("init") in ("pissa", "olora") else (4, 8))
 
 
+@pytest.mark.parametrize(
+    ("lora", "saved"), [({"rank": 33, "init": "pissa"}, 66), ({"rank": 4, "rank_pattern": {"q_proj": 65}}, 65)], ids=str
+)
+def test_a_rank_above_the_servers_default_is_told_with_what_to_do(write_run, train, lora, saved):
+    """PiSSA's rank 64 became 128 in the registry, which a server refused, and the run had said: push it."""
+    named = {"target_modules": ["q_proj"]}
+    run = run_of(write_run, lora | named)
+    hint = f"its rank is {saved} as it is saved: serve it with --max-rank {saved}"
+    assert hint in train(run, "--check", "--no-timing").stdout
+    assert f"registry push tagger; {hint}" in train(run).stdout
+    lower = run_of(write_run, {"rank": 32, "init": lora.get("init", "default")} | named)
+    assert "--max-rank" not in train(lower, "--check", "--no-timing").stdout
+
+
+def test_a_rank_that_no_server_takes_is_scored_by_peft_and_told(write_run, train, receipt, tmp_path):
+    run = run_of(write_run, {"rank": 257, "target_modules": ["q_proj"]})
+    told = train(run).stdout
+    assert "scored by peft" in told and "use it with peft" in told and "registry push" not in told
+    assert "rank r is 257, expected a whole number from 1 to 256" in receipt()["not_served"]
+    assert receipt()["metrics"]["heldout_loss"] == pytest.approx(receipt()["losses"]["heldout"], abs=5e-5)
+    assert "ranks up to 256" in train(run, "push.every=end", exit_code=2).stderr
+
+
 def test_pissa_begins_with_the_largest_singular_values_and_changes_nothing(write_run, base_folder):
     """Against peft's own start, on a base in float32, where peft can."""
     config = load_config(run_of(write_run, {"init": "pissa"}))

@@ -73,12 +73,15 @@ def train(arguments: tuple[str, ...], resume: bool, checking: bool, no_timing: b
         # torch and its kin take seconds to import: a mistake in the run file is answered before.
         quiet()
         if checking:
-            from loraplex_trainer.check import check
+            from loraplex_trainer.check import check, say_memory_together
 
+            estimates = []
             for file, config in zip(files, configs, strict=True):
                 if len(files) > 1:
                     tell(f"{file}:")
-                check(config, console, timing=not no_timing)
+                estimates.append(check(config, console, timing=not no_timing))
+            if len(files) > 1:
+                say_memory_together(estimates, configs[0], console)
             return
         if len(files) > 1:
             from loraplex_trainer.several import train_several
@@ -100,8 +103,9 @@ def train(arguments: tuple[str, ...], resume: bool, checking: bool, no_timing: b
         end(f"error: {error}", 2 if checking else 1)
     else:
         for config in configs:
-            push = f"registry push {config.name}"
-            other = "use it with peft; registry and server take LoRA on causal models alone"
+            hint = config.serving_hint
+            push = f"registry push {config.name}" + (f"; {hint}" if hint else "")
+            other = "use it with peft; registry and server do not take such an adapter"
             done = f"adapter: {config.folder}\nnext:    {push if config.served else other}"
             console.print(done, markup=False, soft_wrap=True)
 

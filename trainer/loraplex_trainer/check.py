@@ -6,7 +6,7 @@ Shows what the model will see and where the loss is, what is left out, what it w
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -36,8 +36,11 @@ SHOWN_CHARACTERS = 400  # of each part of an example, from its two ends
 TIMED_STEPS = 2
 
 
-def check(config: RunConfig, console: Console, *, timing: bool) -> None:
-    """Prints the report. Raises what `train` would raise before its first step: TrainerError and EngineError."""
+def check(config: RunConfig, console: Console, *, timing: bool) -> MemoryEstimate:
+    """Prints the report; returns what it says of memory.
+
+    Raises what `train` would raise before its first step: TrainerError and EngineError.
+    """
     check_strategy(strategy := config.training.distributed.strategy)
     splits = Material.read(config, console).splits
     base = load_base(**config.base.load_options, weights=False)
@@ -55,8 +58,11 @@ def check(config: RunConfig, console: Console, *, timing: bool) -> None:
                 load_weights(model, parent.folder)
             say(console, f"continues: {parent.name}, {parent.digest}")
     say(console, _adapter(model))
+    if hint := config.serving_hint:
+        say(console, hint)
     examples = rows_of(encoded["train"], config)
-    for line in _memory(estimate_memory(model, loaded, examples, config.training), config):
+    estimate = estimate_memory(model, loaded, examples, config.training)
+    for line in _memory(estimate, config):
         say(console, line)
     if strategy in SHARED:
         say(console, f"{strategy}: of this the processes share out, each its part: {SHARED[strategy]}")
@@ -68,6 +74,23 @@ def check(config: RunConfig, console: Console, *, timing: bool) -> None:
         seconds, tokens_per_second = _timed(config, encoded["train"])
         say(
             console, f"time: about {duration(seconds)}, at the {tokens_per_second:,.0f} tokens/s of {TIMED_STEPS} steps"
+        )
+    return estimate
+
+
+def say_memory_together(estimates: Sequence[MemoryEstimate], config: RunConfig, console: Console) -> None:
+    """Of runs that are trained at the same time: they share `config`'s base, and each has all else of its own."""
+    base, own = estimates[0].base, sum(estimate.total - estimate.base for estimate in estimates)
+    free, where = _free_memory(config.base.device)
+    parts = f"base {gib(base)}, once, and what the runs have of their own {gib(own)}"
+    say(
+        console, f"memory together, an estimate: {parts}: {gib(base + own)} in all; {gib(free)} are free on the {where}"
+    )
+    if base + own > free:
+        say(
+            console,
+            "too much: lower training.batch_size of each, and raise training.accumulation_steps as much, or train "
+            "fewer together",
         )
 
 

@@ -9,6 +9,8 @@ from typing import Literal, Self
 from pydantic import field_validator, model_validator
 
 from loraplex_registry.reference import check_name
+from loraplex_registry.validate import Limits
+from loraplex_server.engine.config import EngineConfig
 from loraplex_trainer.data_keys import DataSection
 from loraplex_trainer.sections import (
     BaseSection,
@@ -103,10 +105,19 @@ class RunConfig(Section):
 
     @property
     def served(self) -> bool:
-        """Whether registry and server take such an adapter: LoRA on a causal model, and nothing beside it."""
+        """Whether registry and server take such an adapter: LoRA of no huge rank on a causal model, nothing beside."""
         lora = self.lora
         beside = lora.dora or lora.bias != "none" or lora.modules_to_save or lora.trainable_token_indices
-        return self.method == "lora" and self.base.task == "causal" and not beside
+        fits = lora.largest_rank <= Limits().max_rank
+        return self.method == "lora" and self.base.task == "causal" and fits and not beside
+
+    @property
+    def serving_hint(self) -> str:
+        """What a server has to be told for this adapter, in words; "": nothing."""
+        rank = self.lora.largest_rank
+        if not self.served or rank <= EngineConfig().max_rank:
+            return ""
+        return f"its rank is {rank} as it is saved: serve it with --max-rank {rank}"
 
     @property
     def virtual_tokens(self) -> int:

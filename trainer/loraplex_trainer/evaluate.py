@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from loraplex_registry.adapter_config import read_config, wrong_options
 from loraplex_registry.goldens import Golden, Top
+from loraplex_registry.validate import Limits
 from loraplex_server.engine.engine import Completion
 from loraplex_server.engine.errors import AdapterRefused, BaseUnusable
 from loraplex_server.engine.model import Base
@@ -122,7 +123,7 @@ def evaluate(
 
 def _judge(config: RunConfig, folder: Path) -> tuple[Judge, str | None]:
     """Who measures, and why it is not the engine."""
-    not_served = next(wrong_options(read_config(folder), config.lora.largest_rank), None)
+    not_served = next(wrong_options(read_config(folder), Limits().max_rank), None)
     if not_served is None:
         try:
             return Served(config, folder), None

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from loraplex_registry.validate import Limits
+
 if TYPE_CHECKING:
     from loraplex_trainer.config import RunConfig
     from loraplex_trainer.sections import Section
@@ -32,7 +34,10 @@ def unfit(config: RunConfig) -> Iterator[str]:
     if _SECTIONS[config.method] == "prompt":
         yield from _of_prompt(config)
     if config.push.every != "never" and not config.served:
-        yield "push.every: registry and server take LoRA on causal models alone, and nothing trained beside it"
+        yield (
+            "push.every: registry and server take LoRA on causal models alone, of ranks up to "
+            f"{Limits().max_rank} as it is saved, and nothing trained beside it"
+        )
 
 
 def _of_the_base(config: RunConfig) -> Iterator[str]:
