@@ -74,6 +74,12 @@ def test_a_base_that_lacks_weights_is_refused(base_folder, tmp_path, change, wor
         load_base(str(folder), device="cpu", **options)
 
 
+def test_a_revision_of_a_folder_is_refused(base_folder):
+    """It was not looked at, and the receipt named it all the same."""
+    with pytest.raises(BaseUnusable, match="revision is 'nope', which is for a base of the Hub, and this is a folder"):
+        load_base(str(base_folder), "nope", weights=False)
+
+
 def test_an_expert_that_is_missing_is_refused(tmp_path):
     """transformers makes one tensor of all experts, and raises RuntimeError where it cannot."""
     folder = make_base(tmp_path / "base", "mixtral")

@@ -169,6 +169,7 @@ def test_a_device_that_is_not_there_is_refused(write_run, train, place, words):
     [
         ("base.double_quantization=false", ["base.double_quantization", "'none'"]),
         ("base.device_map=auto", ["base.device_map", "base.device = 'cpu'"]),
+        ("base.revision=nope", ["revision is 'nope'", "this is a folder"]),
         ("base.device_map=all", ["base.device_map", '"all"', "'auto'"]),
     ],
 )

@@ -109,6 +109,14 @@ def test_an_adapter_of_another_base_is_refused(trained, base_folder, tmp_path):
     assert "fingerprint" in result.stderr and not (tmp_path / "merged").exists()
 
 
+def test_a_base_of_the_hub_is_found_in_the_folder_where_it_lay(trained, tmp_path):
+    folder = trained(quantization="none")
+    receipt = json.loads((folder / "receipt.json").read_text())
+    receipt["base"] |= {"id": "owner/base", "revision": "main"}
+    (folder / "receipt.json").write_text(json.dumps(receipt))
+    merged(folder, "--out", tmp_path / "merged")
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

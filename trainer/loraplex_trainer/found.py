@@ -87,7 +87,7 @@ def find_adapter(ref: str, registry: str | None, base: str | None, quantization:
             config=config,
             receipt=receipt,
             base=named,
-            revision=None if base or not theirs else theirs.revision,
+            revision=None if base or not theirs or Path(named).is_dir() else theirs.revision,
             fingerprint=theirs.fingerprint if theirs else None,
             quantization=scheme,
         )

@@ -158,6 +158,10 @@ def _folder(id_or_path: str, revision: str | None, files: Sequence[str]) -> Path
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise BaseNotFound(f"base {id_or_path!r}: the folder has no config.json, so it is not a model")
+        if revision is not None:
+            raise BaseUnusable(
+                f"base {id_or_path!r}: revision is {revision!r}, which is for a base of the Hub, and this is a folder"
+            )
         return path.resolve()
     if path.is_absolute() or id_or_path.startswith((".", "~")) or id_or_path.count("/") > 1:
         raise BaseNotFound(f"base {id_or_path!r}: no such folder")
