@@ -141,13 +141,48 @@ def test_what_is_missing_or_in_the_way_is_one_line(trained, tmp_path):
         (("nobody:3", "--out", tmp_path / "m", "--registry", tmp_path / "none"), "no registry at"),
         ((folder, "--out", tmp_path / "m", "--base", tmp_path / "no-base"), "no such folder"),
     ):
-        result = merged(*arguments, exit_code=2 if "no-base" not in str(arguments) else 1)
+        result = merged(*arguments, exit_code=2)
         assert said in result.stderr and len(result.stderr.strip().splitlines()) == 1
     (folder / "receipt.json").unlink()
     result = merged(folder, "--out", tmp_path / "m", exit_code=2)
     assert "say it with --quantization" in result.stderr
     merged(folder, "--out", tmp_path / "m", "--quantization", "none:float32")
     assert (tmp_path / "m/merge.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--quantization", "foo"], "quantization is 'foo', expected one of nf4, fp4, int8, none"),
+        (["--quantization", "nf4+foo"], "--quantization nf4+foo: expected nf4, nf4+double"),
+        (["--quantization", "int8+double"], "--quantization int8+double: expected nf4, nf4+double"),
+        (["--quantization", "nf4:float8"], "dtype is 'float8', expected one of auto, float32"),
+        (["--out", "{file}/merged"], "--out {file}/merged: {file} is no folder that can be written to"),
+        pytest.param(
+            ["--device", "cuda"],
+            "device is 'cuda', but no CUDA device is available",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a GPU"),
+        ),
+    ],
+)
+def test_what_is_known_to_be_wrong_before_merging_has_exit_code_2(base_folder, tmp_path, arguments, words):
+    adapter, file = make_adapter(tmp_path / "adapter", base_folder), tmp_path / "file"
+    file.touch()
+    given = ["--out", tmp_path / "merged", "--base", base_folder, "--quantization", "none:float32"]
+    result = merged(adapter, *given, *(argument.format(file=file) for argument in arguments), exit_code=2)
+    assert words.format(file=file) in result.stderr and result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("damage", [lambda whole: whole[:-1], lambda whole: b"\xff" * 16 + whole[16:], None])
+def test_an_adapter_without_whole_weights_is_refused(base_folder, tmp_path, damage):
+    adapter = make_adapter(tmp_path / "adapter", base_folder)
+    weights = adapter / "adapter_model.safetensors"
+    if damage:
+        weights.write_bytes(damage(weights.read_bytes()))
+    else:
+        weights.unlink()
+    result = merged(adapter, "--out", tmp_path / "merged", "--base", base_folder, "--quantization", "none", exit_code=2)
+    assert f"error: {adapter}: adapter_model.safetensors " in result.stderr and result.stderr.count("\n") == 1
 
 
 def test_a_merge_that_is_another_model_is_not_written(trained, tmp_path):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from loraplex_server.engine.errors import EngineError
+from loraplex_server.engine.errors import BaseNotFound, BaseUnusable, EngineError
 from loraplex_server.engine.upstream import quiet
 from loraplex_trainer.__main__ import end
 from loraplex_trainer.errors import TrainerError
@@ -48,6 +48,8 @@ def merge(
             receipt = merge_adapter(adapter, out, device, dtype)
     except TrainerError as error:
         end(f"error: {error}", error.exit_code)
+    except (BaseNotFound, BaseUnusable) as error:
+        end(f"error: {error}", 2)
     except (EngineError, OSError) as error:
         end(f"error: {error}", 1)
     else:

@@ -46,8 +46,13 @@ class Found:
         from loraplex_server.engine.model import load_base
 
         scheme, _, dtype = self.quantization.partition(":")
-        name, _, double = scheme.partition("+")
-        is_double = bool(double) or not dtype or name not in ("nf4", "fp4")  # a bare nf4 is what everybody means by it
+        name, plus, _ = scheme.partition("+")
+        if plus and scheme not in ("nf4+double", "fp4+double"):
+            raise ConfigError(
+                f"--quantization {self.quantization}: expected nf4, nf4+double, fp4, fp4+double, int8 or none, and "
+                "a dtype after a colon unless it is auto"
+            )
+        is_double = bool(plus) or not dtype or name not in ("nf4", "fp4")  # a bare nf4 is what everybody means by it
         base = load_base(self.base, self.revision, name, device, dtype or "auto", double_quantization=is_double)
         if self.fingerprint not in (None, base.fingerprint):
             raise ConfigError(
@@ -69,7 +74,10 @@ def find_adapter(ref: str, registry: str | None, base: str | None, quantization:
             if not (folder / CONFIG).is_file():
                 version, folder = fetch_version(ref, registry, Path(scratch) / "adapter")
             config, receipt = read_config(folder), Receipt.read(folder)
-        except RegistryError as error:
+            if not (folder / WEIGHTS).is_file():
+                raise ValueError(f"{WEIGHTS} is missing")
+            read_header(folder / WEIGHTS)
+        except (RegistryError, ValueError) as error:
             raise ConfigError(f"{ref}: {error}") from error
         theirs = version.base if version else receipt.base
         named = base or _base_of(receipt, config)

@@ -5,6 +5,7 @@ against the rounding. On the weights of the checkpoint it has another loss, merg
 """
 
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -57,10 +58,13 @@ def merge(adapter: Found, out: Path, device: str, dtype: str | None) -> dict[str
         raise ConfigError(f"{adapter.name}: it is of an encoder-decoder; only causal language models are merged")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--out {out}: there is something already, and a new or an empty folder is expected")
+    place = next(parent for parent in out.absolute().parents if parent.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise ConfigError(f"--out {out}: {place} is no folder that can be written to")
     base = adapter.load_base(device)
     precision = DTYPES[dtype] if dtype else base.dtype
     assert precision is not None
-    _refuse_full_disk(base, out, precision)
+    _refuse_full_disk(base, out, place, precision)
     prompts = _prompts(adapter, base)
     plain = _dequantized(base, untied=base.description.tied and adapter.changes(*INPUT_EMBEDDINGS, *HEADS))
     unmerged = _unmerged(base, adapter, prompts)
@@ -176,10 +180,9 @@ def _prompts(adapter: Found, base: Base) -> list[list[int]]:
     return [text_ids(base.tokenizer, text)[:_PROMPT_TOKENS] for text in paragraphs[:_PROMPTS]]
 
 
-def _refuse_full_disk(base: Base, out: Path, precision: torch.dtype) -> None:
+def _refuse_full_disk(base: Base, out: Path, place: Path, precision: torch.dtype) -> None:
     shapes = base.description.shapes.values()
     needed = sum(torch.Size(shape).numel() for shape in shapes) * precision.itemsize
-    place = next(parent for parent in out.absolute().parents if parent.exists())
     free = shutil.disk_usage(place).free
     if free < needed:
         raise ConfigError(f"--out {out}: the merged model takes {needed:,} bytes, and {free:,} are free there")
