@@ -28,6 +28,7 @@ def test_a_gpu_that_only_emulates_bfloat16_computes_in_float16(monkeypatch, majo
         ({"quantization": "int3"}, "'int3', expected one of nf4, fp4, int8, none"),
         ({"task": "images"}, "'images', expected one of causal, seq2seq"),
         ({"device": "cpu", "device_map": "auto"}, "only one of the two"),
+        ({"device_map": {}}, "device_map is {}, expected modules to devices"),
         ({"device_map": {"model": 0, "lm_head": "cpu"}}, "a part of the base on cpu"),
     ],
     ids=str,
@@ -78,6 +79,15 @@ def test_a_revision_of_a_folder_is_refused(base_folder):
     """It was not looked at, and the receipt named it all the same."""
     with pytest.raises(BaseUnusable, match="revision is 'nope', which is for a base of the Hub, and this is a folder"):
         load_base(str(base_folder), "nope", weights=False)
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "words", '{"added_tokens": []}'])
+def test_a_tokenizer_that_cannot_be_read_is_named(base_folder, tmp_path, text):
+    """The message ended in "'added_tokens'", or there was a traceback."""
+    folder = shutil.copytree(base_folder, tmp_path / "base")
+    (folder / "tokenizer.json").write_text(text)
+    with pytest.raises(BaseUnusable, match=r"no tokenizer can be made of its tokenizer\.json"):
+        load_base(str(folder), weights=False)
 
 
 def test_an_expert_that_is_missing_is_refused(tmp_path):

@@ -110,13 +110,15 @@ def load_base(
     if task not in TASKS:
         raise BaseUnusable(f"task is {task!r}, expected one of {', '.join(TASKS)}")
     if isinstance(device_map, Mapping):
+        if not device_map:
+            raise BaseUnusable("device_map is {}, expected modules to devices, or no device_map")
         _refuse_offload(device_map)
         _refuse_absent(device_map)
     folder = _folder(id_or_path, revision, _HUB_FILES if weights else _HUB_FILES[:-1])
     try:
         config = AutoConfig.from_pretrained(folder)
         _refuse_other_senses(id_or_path, config)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = _tokenizer(id_or_path, folder)
         if weights or Path(id_or_path).expanduser().is_dir():
             _refuse_incomplete(id_or_path, _told_beforehand(id_or_path, folder, config, task))
         if weights:
@@ -221,6 +223,16 @@ def _refuse_other_senses(name: str, config: Any) -> None:
             f"base {name!r} is a {sense} and language model ({config.model_type}); only language models are trained "
             "and served, causal or encoder-decoder"
         )
+
+
+def _tokenizer(name: str, folder: Path) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # the tokenizers library knows no narrower one
+        raise BaseUnusable(
+            f"base {name!r}: no tokenizer can be made of its tokenizer.json and tokenizer_config.json: "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 def _told_beforehand(name: str, folder: Path, config: Any, task: str) -> Mapping[str, Any]:
