@@ -1,11 +1,13 @@
 """Options under the names of transformers, trl, peft and Axolotl: what each becomes, and which are refused."""
 
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import yaml
 
 from loraplex_trainer.config import RunConfig
+from loraplex_trainer.errors import ConfigError
 from loraplex_trainer.option_names import AS_IT_IS, CHOICES, COMPUTED, INSTEAD, NESTED, RENAMED
 from loraplex_trainer.run_file import known_keys, load_config
 
@@ -101,6 +103,7 @@ def test_the_settings_of_the_seven_billion_run_under_their_old_names(load):
         ({"no_cuda": True}, "base.device", "cpu"),
         ({"use_cpu": False}, "base.device", "auto"),
         ({"lora_target_linear": True}, "lora.target_modules", "all-linear"),
+        ({"lora_target_linear": False, "lora_target_modules": ["q_proj"]}, "lora.target_modules", ("q_proj",)),
         ({"target_modules": ["q_proj"]}, "lora.target_modules", ("q_proj",)),
         ({"use_rslora": True}, "lora.rslora", True),
         ({"use_dora": True}, "lora.dora", True),
@@ -173,7 +176,13 @@ def test_measuring_on_the_way_with_the_best_kept(load, strategy):
     )
     assert config.training.evaluate_every == 20 and config.training.keep == "best"
     assert (config.training.early_stopping.patience, config.training.early_stopping.min_delta) == (2, 0.01)
-    assert load(validation_file="h.jsonl", **{strategy: "no"})[0].training.evaluate_every is None
+    for never in ("no", False):  # a bare no is YAML's false
+        assert load(validation_file="h.jsonl", **{strategy: never})[0].training.evaluate_every is None
+
+
+def test_linear_targets_may_be_off_where_the_section_names_modules(load):
+    config, _ = load(lora_target_linear=False, lora={"target_modules": ["v_proj"]})
+    assert config.lora.target_modules == ("v_proj",)
 
 
 def test_as_key_value_they_win_over_the_file_under_either_name(write_run, train):
@@ -213,12 +222,38 @@ def test_as_key_value_they_win_over_the_file_under_either_name(write_run, train)
         (["quantization_config=nf4"], ["quantization_config", "mapping"]),
         (["learning_rate=high"], ["training.learning_rate", '"high"']),
         (["bf16=[1]"], ["bf16", "[1]"]),
+        (['bf16="true"'], ['bf16: "true"', "true or false is expected"]),
+        (["use_cpu=1"], ["use_cpu: 1", "true or false is expected"]),
+        (['load_in_4bit="true"'], ['load_in_4bit: "true"', "true or false is expected"]),
+        (["load_in_4bit=1"], ["load_in_4bit: 1", "true or false is expected"]),
+        (["load_in_8bit=[]"], ["load_in_8bit: []", "true or false is expected"]),
+        (['fsdp_config={offload_params: "true"}'], ["fsdp_config.offload_params", "expected true or false"]),
+        (["lora_target_linear=false"], ["lora_target_linear: false", "lora.target_modules names the modules"]),
+        (["peft_init_lora_weights=false"], ["peft_init_lora_weights: false", "lora.init"]),
+        (["learning_rate=.nan"], ["training.learning_rate", "NaN", "finite"]),
+        (["seed=.nan"], ["training.seed", "NaN", "integer"]),
+        (["output_dir=.nan"], ["output", "NaN"]),
+        (["max_grad_norm=[]"], ["training.max_grad_norm: []"]),
+        (["lr_scheduler_kwargs=3"], ["lr_scheduler_kwargs: 3", "min_lr_rate"]),
+        (["lr_scheduler_kwargs=[min_lr_rate]"], ["lr_scheduler_kwargs", "min_lr_rate: "]),
+        (["fsdp=3"], ["fsdp: 3", "full_shard"]),
+        (["fsdp=[[1]]"], ["fsdp: [[1]]", "full_shard"]),
+        (["quantization_config={peft_config: {r: 1}}"], ["peft_config", "unknown option in quantization_config"]),
     ],
 )
 def test_what_disagrees_or_has_no_counterpart_is_refused(write_run, train, overrides, words):
     result = train(write_run(), *overrides, exit_code=2)
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
     assert all(word in result.stderr for word in words), result.stderr
+
+
+@pytest.mark.parametrize("value", [float("nan"), 3, [[1]], {"a": [1]}], ids=repr)
+def test_a_value_of_any_kind_is_taken_or_refused(write_run, value):
+    """NaN alone was a KeyError under sixty names."""
+    run = write_run()
+    for name in {*RENAMED, *CHOICES, *AS_IT_IS, *COMPUTED, *INSTEAD, *NESTED}:
+        with suppress(ConfigError):
+            load_config(run, [f"{name}={yaml.safe_dump(value, default_flow_style=True)}"])
 
 
 def test_both_names_in_a_file_are_refused(write_run, train):

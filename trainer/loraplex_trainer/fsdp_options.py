@@ -41,9 +41,13 @@ OFFLOADS = ("cpu_offload", "offload_params")
 
 def fsdp(value: Any, _: Mapping[str, Any]) -> dict[str, Any] | None:
     """`true`, or words in a string or a list: "full_shard auto_wrap offload"."""
-    if value in (False, "", []):
+    if _is_off(value):
         return {}
-    words = {"full_shard"} if value is True else {*(value.split() if isinstance(value, str) else value)}
+    given = "full_shard" if value is True else value
+    words = given.split() if isinstance(given, str) else given
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        return None
+    words = {*words}
     if "full_shard" not in words or words - {"full_shard", "auto_wrap", "offload"}:
         return None
     return {STRATEGY: "fsdp"} | ({OFFLOAD: "cpu"} if "offload" in words else {})
@@ -53,16 +57,22 @@ def fsdp_config(value: Any, theirs: Mapping[str, Any]) -> dict[str, Any] | None:
     """Axolotl's files have it alone; beside an `fsdp` that is off it is nothing. Raises ConfigError naming the key."""
     if not isinstance(value, Mapping):
         return None
-    if theirs.get("fsdp", True) in (False, "", []):
+    if _is_off(theirs.get("fsdp", True)):
         return {}
     offloaded = False
     for key, wanted in value.items():
         name = str(key).removeprefix("fsdp_")
+        if name in OFFLOADS and not isinstance(wanted, bool):
+            raise ConfigError(f"fsdp_config.{key}: {json.dumps(wanted, default=str)}: expected true or false")
         if name in OFFLOADS:
-            offloaded = offloaded or wanted is True
+            offloaded = offloaded or wanted
         elif name in FIXED and wanted not in FIXED[name]:
             expected = " or ".join(json.dumps(choice) for choice in FIXED[name])
             raise ConfigError(f"fsdp_config.{key}: {json.dumps(wanted, default=str)}: expected {expected}")
         elif name not in FIXED and name not in NEEDS_NO_SETTING:
             raise ConfigError(f"fsdp_config.{key}: an unknown option")
     return {STRATEGY: "fsdp"} | ({OFFLOAD: "cpu"} if offloaded else {})
+
+
+def _is_off(value: Any) -> bool:
+    return value is False or value in ("", [])

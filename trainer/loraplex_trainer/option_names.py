@@ -111,7 +111,6 @@ CHOICES: dict[str, tuple[tuple[Any, dict[str, Any]], ...]] = {
     "bf16": ((True, {"base.dtype": "bfloat16"}), (False, {}), ("auto", {})),
     "fp16": ((True, {"base.dtype": "float16"}), (False, {})),
     "load_best_model_at_end": ((True, {"training.keep": "best"}), (False, {})),
-    "lora_target_linear": ((True, {"lora.target_modules": "all-linear"}), (False, {})),
     "model_type": (("AutoModelForCausalLM", {}), ("AutoModelForSeq2SeqLM", {"base.task": "seq2seq"})),
     "peft_type": (
         ("LORA", {}),
@@ -165,6 +164,8 @@ INSTEAD = {
     "data_parallel": "it gathers all on GPU 0, and copies the base in each step: start one process a GPU with torchrun",
     "datasets": "list them under data.train, and say their form under data.form",
     "init_lora_weights": "lora.init is default, gaussian, orthogonal, pissa, olora or loftq",
+    "peft_init_lora_weights": "lora.init is default, gaussian, orthogonal, pissa, olora or loftq",
+    "lora_target_linear": "true is expected, or false where lora.target_modules names the modules",
     "llm_int8_threshold": "8-bit layers are multiplied dequantized, so that no activation is rounded",
     "model_type": "base.task is causal or seq2seq: AutoModelForCausalLM or AutoModelForSeq2SeqLM",
     "peft_type": "method is lora, ia3, prompt, prefix or p_tuning",
@@ -213,16 +214,18 @@ def translate(settings: Settings) -> tuple[Ours, list[str]]:
             raise ConfigError(f"{name}: {_text(inner)}: a mapping of options is expected")
         flat |= inner
     theirs = {name: value for name, value in flat.items() if value is not None}
+    beside = {name: value for name, value in settings.items() if value is not None} | theirs
     ours: Ours = {}
     said_by: dict[str, str] = {}
     lines = [f"{name}: empty, as if it were not there" for name in flat if name not in theirs]
     for name, value in theirs.items():
-        if not is_theirs(name):
+        if not is_theirs(name) or name in NESTED:
             raise ConfigError(f"{name}: an unknown option in {' or '.join(n for n in NESTED if n in settings)}")
-        taken = _take(name, value, theirs)
+        taken = _take(name, value, beside)
         for key, new in taken.items():
-            if ours.setdefault(key, new) != new:
+            if key in ours and ours[key] != new:
                 raise ConfigError(f"{said_by[key]} and {name} both set {key}, to {ours[key]!r} and {new!r}: keep one")
+            ours.setdefault(key, new)
             said_by.setdefault(key, name)
         lines.append(_line(name, value, taken))
     return ours, lines
@@ -231,17 +234,22 @@ def translate(settings: Settings) -> tuple[Ours, list[str]]:
 def _take(name: str, value: Any, theirs: Settings) -> Ours:
     """What one option becomes; nothing where it asks for what is done anyway."""
     for chosen, ours in CHOICES.get(name, ()):
-        if chosen == value:
+        if _is(value, chosen):
             return ours
     if name in COMPUTED and (ours := COMPUTED[name](value, theirs)) is not None:
         return ours
     if name in RENAMED:
         key = RENAMED[name]
         return {key: VALUES.get(key, {}).get(value, value) if isinstance(value, str) else value}
-    values, reason = AS_IT_IS.get(name, ((), INSTEAD.get(name, "")))
-    if value in values:
+    values, reason = AS_IT_IS.get(name, ((), INSTEAD.get(name, "true or false is expected")))
+    if any(_is(value, done) for done in values):
         return {}
-    raise ConfigError(f"{name}: {_text(value)}: not to be had: {reason}")
+    raise ConfigError(f"{name}: {json.dumps(value, ensure_ascii=False, default=str)}: not to be had: {reason}")
+
+
+def _is(value: Any, choice: Any) -> bool:
+    """Neither 1 nor "true" is true."""
+    return value == choice and isinstance(value, bool) == isinstance(choice, bool)
 
 
 def _line(name: str, value: Any, ours: Ours) -> str:
@@ -263,6 +271,8 @@ def _quantization(scheme: str, other: str) -> Callable[[Any, Settings], Ours | N
     def choose(wanted: Any, theirs: Settings) -> Ours | None:
         if wanted is True:
             return {"base.quantization": theirs.get("bnb_4bit_quant_type", scheme) if scheme == "nf4" else scheme}
+        if wanted is not False:
+            return None
         return {} if theirs.get(other) is True or theirs.get("adapter") == "qlora" else {"base.quantization": "none"}
 
     return choose
@@ -276,7 +286,7 @@ def _strategy(key: str, steps: str, *, never: Ours | None = None) -> Callable[[A
             return {key: "epoch"}
         if chosen == "steps":
             return {} if steps in theirs else None
-        return never if chosen == "no" else None
+        return never if chosen == "no" or chosen is False else None  # YAML reads a bare no as false
 
     return choose
 
@@ -295,6 +305,16 @@ def _init(start: Any, _: Settings) -> Ours | None:
 
 def _targets(modules: Any, theirs: Settings) -> Ours:
     return {f"{'ia3' if theirs.get('peft_type') == 'IA3' else 'lora'}.target_modules": modules}
+
+
+def _target_linear(wanted: Any, theirs: Settings) -> Ours | None:
+    """Every linear module; false is nothing to do where the modules are named, for without names it is all of them."""
+    section = theirs.get("lora")
+    ours = section.get("target_modules") if isinstance(section, Mapping) else theirs.get("lora.target_modules")
+    named = theirs.get("lora_target_modules") or theirs.get("target_modules") or ours
+    if wanted is False and named not in (None, [], "all-linear"):
+        return {}
+    return {"lora.target_modules": "all-linear"} if wanted is True else None
 
 
 def _betas(_: Any, theirs: Settings) -> Ours:
@@ -317,7 +337,9 @@ def _warmup(steps: Any, theirs: Settings) -> Ours:
 
 
 def _scheduler_options(options: Any, _: Settings) -> Ours | None:
-    return {"training.min_lr_ratio": options["min_lr_rate"]} if list(options) == ["min_lr_rate"] else None
+    if not isinstance(options, Mapping) or list(options) != ["min_lr_rate"]:
+        return None
+    return {"training.min_lr_ratio": options["min_lr_rate"]}
 
 
 # Their name: our keys, from the value and their other options; None for a value that is not understood.
@@ -338,10 +360,11 @@ COMPUTED: dict[str, Callable[[Any, Settings], Ours | None]] = {
     "target_modules": _targets,
     "load_in_4bit": _quantization("nf4", "load_in_8bit"),
     "load_in_8bit": _quantization("int8", "load_in_4bit"),
+    "lora_target_linear": _target_linear,
     "lr_scheduler_kwargs": _scheduler_options,
     "lr_scheduler": _schedule,
     "lr_scheduler_type": _schedule,
-    "max_grad_norm": lambda norm, _: {"training.max_grad_norm": norm or None},
+    "max_grad_norm": lambda norm, _: {"training.max_grad_norm": None if _is(norm, 0) else norm},
     "max_steps": lambda steps, _: {} if steps == -1 else {"training.max_steps": steps},
     "warmup_steps": _warmup,
 }
