@@ -130,6 +130,16 @@ def test_a_stage_of_none_is_plain_data_parallelism(load):
             ["offload_param.device: nvme", "none or cpu"],
         ),
         ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, ["offload_param", "stage 2"]),
+        ({"zero_optimization": {"stage": 2.0}}, ["zero_optimization.stage: 2.0", "0, 1, 2 or 3"]),
+        (
+            {"zero_optimization": {"offload_optimizer": "cpu"}},
+            ["zero_optimization.offload_optimizer: cpu", "a mapping"],
+        ),
+        ({"zero_optimization": {"offload_param": True}}, ["zero_optimization.offload_param: true", "a mapping"]),
+        ({"scheduler": {"type": ["WarmupLR"]}}, ['scheduler.type: ["WarmupLR"]', "expected WarmupLR"]),
+        ({"scheduler": {"params": [1]}}, ["scheduler.params: [1]", "a mapping"]),
+        ({"optimizer": {"params": 1}}, ["optimizer.params: 1", "a mapping"]),
+        ({"fp16": {"enabled": 1}}, ["fp16.enabled: 1", "expected true, false"]),
         ({"optimizer": {"type": "OneBitAdam"}}, ["optimizer.type: OneBitAdam", "AdamW"]),
         ({"optimizer": {"type": "Adam", "params": {"adam_w_mode": False}}}, ["adam_w_mode: false", "expected true"]),
         ({"optimizer": {"type": "Adam", "params": {"rate": 1}}}, ["optimizer.params.rate", "1"]),
@@ -160,4 +170,4 @@ def test_what_disagrees_or_is_not_to_be_had_is_refused(load, tmp_path, given, wo
 
 def test_a_file_that_is_not_there_is_named(write_run, train):
     result = train(write_run(), "deepspeed=no-such.json", exit_code=2)
-    assert "training.distributed.deepspeed: no-such.json: No such file" in result.stderr
+    assert result.stderr == "error: training.distributed.deepspeed: no-such.json: No such file or directory\n"

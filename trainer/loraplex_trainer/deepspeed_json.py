@@ -143,8 +143,9 @@ def additions(settings: Mapping[str, Any], processes: int, tell: Callable[[str],
     if not isinstance(path, str):  # none, or what the run file's own rules refuse
         return
     taken: dict[str, Any] = {}
+    given_there = read_deepspeed(Path(path))
     try:
-        ours, lines = taken_over(read_deepspeed(Path(path)), processes)
+        ours, lines = taken_over(given_there, processes)
         for said, key, value in ours:
             there = taken.setdefault(key, value)
             if there != value:
@@ -240,13 +241,13 @@ def _clipping(norm: Any) -> Iterator[Ours]:
 def _zero(zero: Any) -> Iterator[Ours]:
     _known("zero_optimization", zero, OF_ZERO)
     stage = zero.get("stage", 0)
-    if stage not in (0, 1, 2, 3) or stage is True:
+    if type(stage) is not int or stage not in (0, 1, 2, 3):
         raise ConfigError(f"zero_optimization.stage: {_text(stage)}: expected 0, 1, 2 or 3")
     strategy = f"zero{stage}" if stage else "ddp"
     yield f"zero_optimization.stage: {stage}", "training.distributed.strategy", strategy
     offloaded = False
     for key in ("offload_optimizer", "offload_param"):
-        device = (zero.get(key) or {}).get("device", "none")
+        device = _mapping(f"zero_optimization.{key}", zero.get(key) or {}).get("device", "none")
         if device not in ("none", "cpu"):
             raise ConfigError(f"zero_optimization.{key}.device: {_text(device)}: expected none or cpu")
         if device == "cpu" and stage < (1 if key == "offload_optimizer" else 3):
@@ -268,9 +269,9 @@ def _optimizer(optimizer: Any) -> Iterator[Ours]:
 
 def _scheduler(scheduler: Any) -> Iterator[Ours]:
     _known("scheduler", scheduler, ("type", "params"))
-    kind, options = scheduler.get("type", AUTO), scheduler.get("params") or {}
+    kind, options = scheduler.get("type", AUTO), _mapping("scheduler.params", scheduler.get("params") or {})
     if kind != AUTO:
-        if kind not in SCHEDULES:
+        if not isinstance(kind, str) or kind not in SCHEDULES:
             raise ConfigError(f"scheduler.type: {_text(kind)}: expected {', '.join(SCHEDULES)}")
         # DeepSpeed's own warm-up is logarithmic unless warmup_type says otherwise; transformers' is not.
         said = f"scheduler.type: {kind}" + ("" if "warmup_type" in options else ", with a linear warm-up")
@@ -289,7 +290,7 @@ def _dtype(name: str, dtype: str) -> Callable[[Any], Iterator[Ours]]:
 
     def read(section: Any) -> Iterator[Ours]:
         enabled = section.get("enabled", False) if isinstance(section, Mapping) else section
-        if enabled not in (True, False, AUTO):
+        if not isinstance(enabled, bool) and enabled != AUTO:
             raise ConfigError(f'{name}.enabled: {_text(enabled)}: expected true, false or "auto"')
         if enabled is True:
             yield f"{name}.enabled: true", "base.dtype", dtype
@@ -310,11 +311,15 @@ def _options(where: str, options: Any, ours: Mapping[str, str], fixed: Mapping[s
 
 
 def _known(where: str, section: Any, known: tuple[str, ...]) -> None:
-    if not isinstance(section, Mapping):
-        raise ConfigError(f"{where}: {_text(section)}: a mapping of keys to values is expected")
-    for key, value in section.items():
+    for key, value in _mapping(where, section).items():
         if key not in known:
             raise ConfigError(f"{where}.{key}: {_text(value)}: not to be had, or unknown{_nearest(key, known)}")
+
+
+def _mapping(where: str, section: Any) -> Mapping[str, Any]:
+    if not isinstance(section, Mapping):
+        raise ConfigError(f"{where}: {_text(section)}: a mapping of keys to values is expected")
+    return section
 
 
 def _nearest(key: str, known: tuple[str, ...]) -> str:
