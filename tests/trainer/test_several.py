@@ -152,6 +152,10 @@ def test_a_run_that_fails_is_named_and_the_others_are_complete(files, train, rec
         ({"name": "small"}, "name: 'small' in {0}, and in {1}: each run needs its own"),
         ({"lora__dora": True}, "lora.dora: True in {1}: only plain LoRA on a causal base can be trained beside"),
         ({"lora__modules_to_save": ["lm_head"]}, "lora.modules_to_save: ['lm_head'] in {1}: only plain LoRA"),
+        (
+            {"lora__target_modules": ["q_proj", "lm_head"]},
+            "lora.target_modules: 'lm_head' in {1}: the head is given the answers' tokens alone",
+        ),
         ({"lora__init": "pissa"}, "lora.init: 'pissa' in {1}: only plain LoRA"),
         (
             {"training__distributed": {"strategy": "fsdp"}},

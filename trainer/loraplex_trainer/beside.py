@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from loraplex_registry.base import HEADS
 from loraplex_trainer.config import RunConfig
 from loraplex_trainer.errors import ConfigError
 
@@ -28,6 +29,11 @@ def check_together(files: Sequence[Path], configs: Sequence[RunConfig]) -> None:
         if one_at_a_time := [tracker for tracker in config.report_to if tracker != "tensorboard"]:
             raise ConfigError(
                 f"report_to: {one_at_a_time[0]!r} in {file}: it follows one run at a time, and tensorboard several"
+            )
+        if heads := {*HEADS} & {*config.lora.target_modules} - {*config.lora.exclude_modules}:
+            raise ConfigError(
+                f"lora.target_modules: {heads.pop()!r} in {file}: the head is given the answers' tokens alone, so it "
+                "cannot be adapted beside other runs: leave it out, or train them one after another"
             )
         if key := _of_one_alone(config):
             raise ConfigError(
