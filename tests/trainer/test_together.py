@@ -156,7 +156,7 @@ def test_the_same_on_other_bases(base_folder, tmp_path, monkeypatch, dtype, name
         check_gradients(tmp_path, dtype, bits=False, ragged=ragged, packed=packed)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [*DTYPES, "float16"])
 def test_runs_together_become_what_each_becomes_alone(base_folder, dtype):
     """Of other lengths, steps, batches and optimizers: one is over earlier, one takes a step in pieces.
 
@@ -165,7 +165,9 @@ def test_runs_together_become_what_each_becomes_alone(base_folder, dtype):
     runs = [
         config(0, max_steps=3, accumulation_steps=2, batch_size=2),
         config(1, optimizer="adamw_8bit", learning_rate=3e-3, max_grad_norm=0.1),
-        config(2, {"dropout": 0.5 if dtype == "float32" else 0.0}, batch_size=4, schedule="constant", weight_decay=0.1),
+        config(
+            2, {"dropout": 0.0 if dtype == "bfloat16" else 0.5}, batch_size=4, schedule="constant", weight_decay=0.1
+        ),
     ]
     rows = [examples(number) for number in range(3)]
     shared, loops = together(base_folder, dtype, runs, rows)
@@ -175,9 +177,11 @@ def test_runs_together_become_what_each_becomes_alone(base_folder, dtype):
     for run, mine, loop in zip(runs, rows, loops, strict=True):
         separate = alone(base_folder, dtype, run, mine)
         separate.run(lambda _: False)
-        assert loop.losses == pytest.approx(separate.losses, rel=1e-5)
+        assert loop.losses == pytest.approx(separate.losses, rel=1e-3 if dtype == "float16" else 1e-5)
         assert (loop.step, loop.tokens_done) == (separate.step, separate.tokens_done)
-        compare(loop.parameters, separate.parameters, bits=dtype == "bfloat16", close=1e-3)
+        compare(
+            loop.parameters, separate.parameters, bits=dtype == "bfloat16", close=0.03 if dtype == "float16" else 1e-3
+        )
 
 
 def test_what_a_run_is_measured_by_is_its_own_adapter(base_folder):
