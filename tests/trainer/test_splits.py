@@ -77,6 +77,51 @@ def test_a_leak_can_be_an_error(splits, tmp_path):
         splits(range(20), heldout, on_leak="error")
 
 
+CHATS = {"form": "messages", "chat_template": "chatml"}
+
+
+def as_chat(*says: str) -> dict:
+    roles = ("user", "assistant") * len(says)
+    return {"messages": [{"role": role, "content": text} for role, text in zip(roles, says, strict=False)]}
+
+
+@pytest.mark.parametrize(
+    ("data", "trained", "held"),
+    [
+        ({}, [{"prompt": p, "completion": c} for p, c in ("aA", "aB", "bA", "cC")], {"prompt": "a", "completion": "A"}),
+        (CHATS, [as_chat(*"aAb", c) for c in "AB"] + [as_chat(*"aA"), as_chat(*"cCb", "A")], as_chat(*"aAb", "A")),
+        (
+            {"form": "alpaca"},
+            [{"instruction": "a", "input": i, "output": o} for i, o in ("xA", "xB", "yA", "yB")],
+            {"instruction": "a", "input": "x", "output": "A"},
+        ),
+        ({"form": "text"}, [{"text": text} for text in ("A", "a", "b")], {"text": "A"}),
+    ],
+    ids=["prompt", "chat", "alpaca", "text"],
+)
+@pytest.mark.parametrize("on_leak", ["keep", "drop"])
+def test_a_held_out_prompt_with_another_answer_is_counted_apart(tmp_path, data, trained, held, on_leak):
+    for name, rows in (("train", trained), ("heldout", [held])):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    paths = {name: tmp_path / f"{name}.jsonl" for name in ("train", "heldout")}
+    train = read_splits(DataSection(**paths, on_leak=on_leak, **data))["train"]
+    assert (train.leaks, train.shared_prompts) == (1, 0 if data.get("form") == "text" else 1)
+
+
+def test_a_run_says_which_prompts_are_shared_and_which_answers_empty(write_run, train, receipt, settings):
+    rows = [json.loads(line) for line in Path(settings["data"]["train"]).read_text().splitlines()]
+    for row in rows[:3]:
+        row["tags"] = []
+    Path(settings["data"]["train"]).write_text("\n".join(map(json.dumps, rows)))
+    Path(settings["data"]["heldout"]).write_text(json.dumps(rows[5] | {"tags": ["candle"]}))
+    for told in (train(write_run(), "--check", "--no-timing").stdout, train(write_run()).stdout):
+        assert "train: 1 examples have the prompt of a held-out one, and another answer" in told
+        assert "train: 3 examples have an empty answer" in told and told.count("an empty answer") == 1
+    data = receipt()["data"]
+    assert (data["train"]["shared_prompts"], data["train"]["leaks"]) == (1, 0)
+    assert (data["train"]["empty"], data["train"]["unlearnt"], data["heldout"]["empty"]) == (3, 0, 0)
+
+
 @pytest.mark.parametrize("heldout", [20, 50, "0%", "0.01%"])
 def test_a_share_that_leaves_one_side_empty_is_refused(splits, heldout):
     with pytest.raises(DataError, match=r"data\.heldout: "):

@@ -24,11 +24,15 @@ _SHARES = 10_000  # a share is taken of so many parts: a hundredth of a percent
 
 @dataclass(frozen=True)
 class Split:
-    """Samples to train on, or to hold out, and their sources. `leaks` training samples are held out too, or were."""
+    """Samples to train on, or to hold out, and their sources. `leaks` training samples are held out too, or were.
+
+    `shared_prompts` ask what is asked of a held-out one too, and answer it differently.
+    """
 
     sources: tuple[Source, ...]
     samples: tuple[Sample, ...]
     leaks: int = 0
+    shared_prompts: int = 0
 
     @cached_property
     def duplicates(self) -> int:
@@ -65,6 +69,7 @@ class Split:
             "sources": [source.record for source in self.sources],
             "duplicates": self.duplicates,
             "leaks": self.leaks,
+            "shared_prompts": self.shared_prompts,
         }
 
 
@@ -133,14 +138,17 @@ def _without_leaks(train: Split, heldout: Split, on_leak: str) -> tuple[Split, S
         if not kept:
             raise DataError(f"{train.path}: every example is held out too: nothing is left to train on")
         train = replace(train, samples=kept)
-    return replace(train, leaks=len(leaked)), heldout
+    asked = {sample.asked for sample in heldout.samples} - {()}
+    shared = sum(sample.asked in asked and sample.digest not in held for sample in train.samples)
+    return replace(train, leaks=len(leaked), shared_prompts=shared), heldout
 
 
 @dataclass(frozen=True)
 class Encoded:
     """A tokenized split. `truncated` samples lost `cut_tokens` to data.truncation; `dropped` ones are left out.
 
-    In `unlearnt` ones nothing has a label: a conversation in which nobody answers, an empty text.
+    In `unlearnt` ones nothing has a label: a conversation in which nobody answers, an empty text. In `empty` ones the
+    loss is on no text, on the end of sequence alone.
     """
 
     examples: tuple[Example, ...]
@@ -149,6 +157,7 @@ class Encoded:
     cut_tokens: int
     dropped_tokens: int
     unlearnt: int
+    empty: int
 
     @property
     def tokens(self) -> int:
@@ -189,6 +198,10 @@ def encode_split(split: Split, encoder: Encoder) -> Encoded:
         cut_tokens=sum(all_of_it - left for all_of_it, left in lost if 0 < left < all_of_it),
         dropped_tokens=sum(all_of_it for all_of_it, left in lost if not left),
         unlearnt=sum(not whole for whole, _ in fitted),
+        empty=sum(
+            bool(whole) and not any(text.strip() for role, text in sample.turns if role in encoder.roles)
+            for sample, (whole, _) in zip(split.samples, fitted, strict=True)
+        ),
     )
 
 

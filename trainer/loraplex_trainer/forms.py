@@ -37,6 +37,12 @@ class Sample:
         return hashlib.sha256(json.dumps(self.turns, ensure_ascii=False).encode()).hexdigest()
 
     @property
+    def asked(self) -> tuple[tuple[str, str], ...]:
+        """What comes before the last answer; nothing in plain text, or where nobody answers."""
+        answers = [at for at, (role, _) in enumerate(self.turns) if role in ("completion", "assistant")]
+        return self.turns[: answers[-1]] if answers else ()
+
+    @property
     def messages(self) -> list[Message]:
         return [{"role": role, "content": text} for role, text in self.turns]
 

@@ -95,6 +95,7 @@ def _data_record(split: Split, encoded: Encoded) -> dict[str, Any]:
         "cut_tokens": encoded.cut_tokens,
         "dropped_tokens": encoded.dropped_tokens,
         "unlearnt": encoded.unlearnt,
+        "empty": encoded.empty,
     }
 
 

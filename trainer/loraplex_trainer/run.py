@@ -199,6 +199,8 @@ def encode_splits(
                 console,
                 f"{name}: {split.what_was_lost} (data.truncation: {config.data.truncates_by}, max_tokens: {limit})",
             )
+        if split.empty:
+            say(console, f"{name}: {split.empty} examples have an empty answer: all that is learnt of them is to end")
     return encoded
 
 
@@ -216,6 +218,8 @@ def say_what_is_the_same(splits: dict[str, Split], on_leak: str, console: Consol
     if leaks := splits["train"].leaks:
         what = "and left out" if on_leak == "drop" else "data.on_leak: drop leaves them out"
         say(console, f"train: {leaks} examples are held out too; {what}")
+    if shared := splits["train"].shared_prompts:
+        say(console, f"train: {shared} examples have the prompt of a held-out one, and another answer")
 
 
 def say_what_is_begun_anew(config: RunConfig, console: Console) -> None:
