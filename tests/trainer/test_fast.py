@@ -10,12 +10,12 @@ from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn.modules import Linear4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from loraplex_server.engine.model import load_base
-from loraplex_server.kernels.native import native
+from loraplex_server.kernels.native import Native, native
 from loraplex_trainer.adapter import attach, attach_adapter, keep_quantized_layout, trainable_parameters
 from loraplex_trainer.attention import Causal, Rotation, first_seen
 from loraplex_trainer.data import make_batch
@@ -265,7 +265,10 @@ def prepared(base_folder, **config) -> PeftModel:
 
 
 @pytest.mark.parametrize("packing", [False, True])
-def test_the_loss_in_pieces_is_that_of_all_logits(base_folder, monkeypatch, packing):
+@pytest.mark.parametrize("by", ["kernel", "torch"])
+def test_the_loss_in_pieces_is_that_of_all_logits(base_folder, monkeypatch, packing, by):
+    if by == "torch":  # as on a GPU
+        monkeypatch.setattr("loraplex_trainer.head.native", lambda: Native(None))
     monkeypatch.setattr("loraplex_trainer.head.PIECE", 16)  # three pieces, the last of them short
     random = torch.Generator().manual_seed(0)
     rows = [
@@ -298,6 +301,23 @@ def test_a_head_that_is_trained_or_followed_by_more_keeps_the_plain_loss(base_fo
     trained.get_base_model().lm_head.weight.requires_grad_(True)
     use_pieces(trained)
     assert head_in_pieces(trained) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_loss_of_either_16_bit_type_hands_back_what_torch_does(dtype, monkeypatch):
+    monkeypatch.setattr("loraplex_trainer.head.native", lambda: Native(None))
+    monkeypatch.setattr("loraplex_trainer.head.PIECE", 5)
+    torch.manual_seed(0)
+    head, labels = torch.nn.Linear(32, 300, bias=False, dtype=dtype), torch.randint(0, 300, (12,))
+    given, plain = (torch.randn(12, 32, generator=torch.Generator().manual_seed(1)).to(dtype) for _ in range(2))
+    for hidden in (given, plain):
+        hidden.requires_grad_()
+    found = loss_in_pieces(given, head, labels)
+    expected = cross_entropy(head(plain).float(), labels, reduction="sum")
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    for loss in (found, expected):
+        loss.backward()
+    assert alike(given.grad, plain.grad)
 
 
 def test_logits_that_are_no_numbers_give_a_loss_that_is_none(base_folder):

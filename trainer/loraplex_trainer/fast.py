@@ -132,9 +132,10 @@ class _Linear(torch.autograd.Function):
 def use_kernels(model: PeftModel, parts_of: PartsOf = active_parts) -> int:
     """Let the model's 4-bit layers train by kernels, those with adapters and those without; returns how many can.
 
-    None can of a base that is not on a CPU or not in bfloat16. Done once, before the first step, when all adapters are
+    None can of a base that is not on a CPU or not in bfloat16; its loss is made in pieces all the same. Done once, before the first step, when all adapters are
     there; `parts_of` says which of them work on which tokens.
     """
+    use_pieces(model)
     embeddings: Any = model.get_input_embeddings()
     if not native() or embeddings.weight.device.type != "cpu" or embeddings.weight.dtype != torch.bfloat16:
         return 0
@@ -154,7 +155,6 @@ def use_kernels(model: PeftModel, parts_of: PartsOf = active_parts) -> int:
         if adapted is not None:
             adapted.forward = partial(_with_adapter, adapted, packed, parts_of)
         changed += 1
-    use_pieces(model)
     _keep_memory()
     return changed
 

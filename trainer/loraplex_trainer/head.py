@@ -12,23 +12,25 @@ from peft import PeftModel
 
 from loraplex_server.kernels.native import addresses, native
 
-PIECE = 256  # rows of logits at a time: 16 MiB for 32,000 tokens, and the product as fast as for more
+PIECE = 256  # rows of logits at a time: 16 MiB for 32,000 tokens, and a CPU's product as fast as for more
+PIECE_ON_GPU = 1024
 _heads: WeakSet[torch.nn.Module] = WeakSet()  # whose loss is made here
 
 
 class _Loss(torch.autograd.Function):
-    """The summed cross-entropy of hidden (rows, width) and labels (rows,); both matrices in bfloat16."""
+    """The summed cross-entropy of hidden (rows, width) and labels (rows,); both matrices of one 16-bit type."""
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         hidden, back = hidden.contiguous(), ctx.needs_input_grad[0]
-        losses = torch.empty(len(hidden))
+        losses = hidden.new_empty(len(hidden), dtype=torch.float32)
         grad = torch.empty_like(hidden) if back else hidden
-        logits = hidden.new_empty(min(PIECE, len(hidden)), len(weight))
-        for start in range(0, len(hidden), PIECE):
-            piece = slice(start, min(start + PIECE, len(hidden)))
+        most = PIECE if hidden.device.type == "cpu" else PIECE_ON_GPU
+        logits = hidden.new_empty(min(most, len(hidden)), len(weight))
+        for start in range(0, len(hidden), most):
+            piece = slice(start, min(start + most, len(hidden)))
             part = torch.mm(hidden[piece], weight.T, out=logits[: piece.stop - start])
-            _library().label_loss(*addresses(losses[piece], part, labels[piece]), *part.shape, back)
+            _label_loss(losses[piece], part, labels[piece], back)
             if back:
                 torch.mm(part, weight, out=grad[piece])
         ctx.save_for_backward(grad)
@@ -36,12 +38,26 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        return ctx.saved_tensors[0] * grads[0].to(torch.bfloat16), None, None
+        (grad,) = ctx.saved_tensors
+        return grad * grads[0].to(grad.dtype), None, None
+
+
+def _label_loss(losses: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor, back: bool) -> None:
+    """Writes the loss of each row; with `back` the logits become what it hands back to them (kernels/loss.c)."""
+    if logits.device.type == "cpu" and logits.dtype == torch.bfloat16 and native():
+        _library().label_loss(*addresses(losses, logits, labels), *logits.shape, back)
+        return
+    wide, at = logits.float(), labels[:, None]
+    total = wide.logsumexp(1, keepdim=True)
+    losses.copy_((total - wide.gather(1, at)).squeeze(1))
+    if back:
+        shares = wide.sub_(total).exp_()
+        logits.copy_(shares.scatter_add_(1, at, torch.full_like(shares[:, :1], -1)))
 
 
 def loss_in_pieces(hidden: torch.Tensor, head: torch.nn.Linear, labels: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy summed over the rows of `hidden` (rows, width) bfloat16, of which `labels` (rows,) are expected."""
-    return _Loss.apply(hidden, head.weight, labels)  # pyright: ignore[reportReturnType]
+    """Cross-entropy summed over the rows of `hidden` (rows, width), of which `labels` (rows,) are expected."""
+    return _Loss.apply(hidden, head.weight, labels.to(hidden.device))  # pyright: ignore[reportReturnType]
 
 
 def use_pieces(model: PeftModel) -> None:
@@ -53,7 +69,8 @@ def use_pieces(model: PeftModel) -> None:
     if (
         type(head) is torch.nn.Linear
         and head.bias is None
-        and head.weight.dtype == torch.bfloat16
+        and head.weight.dtype in (torch.bfloat16, torch.float16)
+        and "forward" not in vars(head)  # as where weights lie on several devices
         and not head.weight.requires_grad
         and _ends_with(base, head)
     ):
@@ -89,7 +106,7 @@ def _ends_with(model: Any, head: Any) -> bool:
     head.forward = forward
     try:
         with torch.random.fork_rng(devices=[]):  # dropout draws from it
-            logits = model(input_ids=torch.arange(4)[None], use_cache=False).logits
+            logits = model(input_ids=torch.arange(4, device=model.device)[None], use_cache=False).logits
     finally:
         del head.forward
         hook.remove()
