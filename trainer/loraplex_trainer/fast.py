@@ -132,8 +132,8 @@ class _Linear(torch.autograd.Function):
 def use_kernels(model: PeftModel, parts_of: PartsOf = active_parts) -> int:
     """Let the model's 4-bit layers train by kernels, those with adapters and those without; returns how many can.
 
-    None can of a base that is not on a CPU or not in bfloat16; its loss is made in pieces all the same. Done once, before the first step, when all adapters are
-    there; `parts_of` says which of them work on which tokens.
+    None can of a base that is not on a CPU or not in bfloat16; its loss is made in pieces all the same. Done once,
+    before the first step, when all adapters are there; `parts_of` says which of them work on which tokens.
     """
     use_pieces(model)
     embeddings: Any = model.get_input_embeddings()
