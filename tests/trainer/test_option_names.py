@@ -51,6 +51,10 @@ def test_the_settings_of_the_seven_billion_run_under_their_old_names(load):
         lr_scheduler_type="cosine",
         seed=42,
         max_seq_length=2048,
+        gradient_checkpointing=True,
+        packing=False,
+        dataset_text_field="text",
+        report_to="tensorboard",
     )
     training, lora = config.training, config.lora
     assert (lora.rank, lora.alpha, lora.dropout) == (64, 16, 0.1)
@@ -59,12 +63,21 @@ def test_the_settings_of_the_seven_billion_run_under_their_old_names(load):
     assert (training.learning_rate, training.weight_decay, training.max_grad_norm) == (2e-4, 0.001, 0.3)
     assert (training.save_every, training.log_every_steps, training.seed) == ("epoch", 5, 42)
     assert (config.base.quantization, config.base.dtype, config.data.max_tokens) == ("nf4", "bfloat16", 2048)
-    assert str(config.output) == "results"
+    assert str(config.output) == "results" and config.report_to == ("tensorboard",)
+    assert (config.data.form, config.data.column, config.data.packing) == ("text", "text", False)
+    assert training.gradient_checkpointing
     assert "per_device_train_batch_size -> training.batch_size" in lines
     assert "bf16: true -> base.dtype: bfloat16" in lines
     assert "bias -> lora.bias" in lines
     assert "task_type: CAUSAL_LM: needs no setting" in lines
-    assert len(lines) == 28  # every option is told of
+    assert len(lines) == 31  # every option is told of
+
+
+@pytest.mark.parametrize(
+    ("given", "taken"), [("wandb", ("wandb",)), ("none", ()), (["mlflow", "wandb"], ("mlflow", "wandb"))]
+)
+def test_one_tracker_needs_no_list(load, given, taken):
+    assert load(report_to=given)[0].report_to == taken
 
 
 @pytest.mark.parametrize(

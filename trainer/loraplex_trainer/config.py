@@ -4,7 +4,7 @@ The keys of its sections are in `sections` and `data_keys`; `run_file` reads it 
 """
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import field_validator, model_validator
 
@@ -51,6 +51,13 @@ class RunConfig(Section):
     @classmethod
     def _is_a_registry_name(cls, name: str) -> str:
         return check_name(name)
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _one_by_its_name(cls, given: Any) -> Any:
+        """As transformers takes it."""
+        named = ([] if given == "none" else [given]) if isinstance(given, str) else given
+        return tuple(named) if isinstance(named, list) else named
 
     @model_validator(mode="after")
     def _metric_has_examples(self) -> Self:
