@@ -102,6 +102,16 @@ def test_out_of_memory_says_what_to_lower_and_that_is_enough(write_run, train, e
     assert "lower data.max_tokens to " in result.stderr
 
 
+def test_held_out_examples_that_do_not_fit_say_what_to_lower(write_run, train, receipt, settings):
+    heldout = Path(settings["data"]["heldout"])
+    heldout.write_text(heldout.read_text().replace('"quote": "', '"quote": "' + "a longer one " * 6))
+    run = write_run(training__evaluate_every=2, evaluation={"metric": "none", "general": "none"})
+    with NoRoom(rows=8, error=torch.OutOfMemoryError, words="CUDA out of memory", tokens=300):
+        error = train(run, exit_code=1).stderr
+        assert error.count("\n") == 1 and "out of memory at step 2, with 8 examples of up to " in error
+        assert "set training.batch_size to 4 and training.accumulation_steps to 2" in error
+
+
 def test_too_much_together_says_what_to_halve_and_that_is_enough(write_run, train, receipt, tmp_path):
     runs = [write_run(name=name).rename(tmp_path / f"{name}.yaml") for name in ("one", "other")]
     with NoRoom(rows=8, error=torch.OutOfMemoryError, words="CUDA out of memory", tokens=250):

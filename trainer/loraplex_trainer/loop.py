@@ -150,8 +150,11 @@ class Loop:
         self.loss_now("loss after the last step", [self.examples[index] for index in self._latest()])
 
     def loss_now(self, what: str, examples: Sequence[Example]) -> float:
-        """Nats per answer token. Raises NotFinite, by the name of `what`, for the step that led here."""
-        loss = mean_loss(self.forward, examples, self.config.training.batch_size, self.pad_id, self.team)
+        """Nats per answer token. Raises NotFinite, by the name of `what`, for the last step, and OutOfMemory."""
+        size = self.config.training.batch_size
+        longest = sorted(examples, key=lambda example: len(example.ids))[-size:]
+        with memory_named(partial(self._too_much, longest, self.step)):
+            loss = mean_loss(self.forward, examples, size, self.pad_id, self.team)
         if not math.isfinite(loss):
             raise NotFinite(self.step, what, loss, self._rows(self._latest()))
         return loss
@@ -187,15 +190,15 @@ class Loop:
         """Adds to the gradients; returns the loss of this process's share, a part of the mean over the whole step."""
         total = torch.zeros((), device=self.team.device or self.model.device)
         for part in self.micro_batches(step):
-            with memory_named(partial(self._too_much, part.examples)):
+            with memory_named(partial(self._too_much, part.examples, self.step + 1)):
                 loss = part.counts * examples_loss(self.forward, part.examples, self.pad_id) / step.answer_tokens
                 self.team.backward(self, loss * self.scale_of(step), part)
             total += loss.detach().to(total.device)
         return total
 
-    def _too_much(self, part: Sequence[Example]) -> OutOfMemory:
+    def _too_much(self, part: Sequence[Example], step: int) -> OutOfMemory:
         longest = max(len(example.ids) for example in part)
-        return OutOfMemory(self.step + 1, len(part), longest, self.config.training.accumulation_steps)
+        return OutOfMemory(step, len(part), longest, self.config.training.accumulation_steps)
 
 
 @contextmanager
