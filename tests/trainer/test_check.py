@@ -173,6 +173,20 @@ def test_every_method_is_checked_and_its_file_is_as_large_as_told(
     assert "memory, an estimate: base " in report
 
 
+def test_logits_are_counted_all_or_a_piece_of_them(write_run, monkeypatch):
+    """Of a vocabulary of 320, 2 bytes each and 4 of a copy in float32; what autograd keeps for them goes as well."""
+    monkeypatch.setattr("loraplex_trainer.memory.PIECE", 4)
+    whole, piece = (
+        estimated(load_config(write_run(training__kernels=kernels, **NF4)))[0].activations for kernels in (False, True)
+    )
+    config = load_config(write_run(**NF4))
+    _, examples = estimated(config)
+    longest = sorted(examples, key=lambda example: len(example.ids))[-config.training.batch_size :]
+    labelled = sum(example.answer_tokens for example in longest)
+    vocabulary = load_base(**config.base.load_options, weights=False).model.config.vocab_size
+    assert whole - piece >= (labelled - 4) * vocabulary * 6 > 0.05 * whole
+
+
 def test_checkpointing_keeps_the_inputs_of_layers_and_one_layer(write_run):
     sizes = {}
     for checkpointing in (False, True):

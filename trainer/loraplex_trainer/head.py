@@ -63,18 +63,24 @@ def loss_in_pieces(hidden: torch.Tensor, head: torch.nn.Linear, labels: torch.Te
 def use_pieces(model: PeftModel) -> None:
     """Let the loss of a causal model be made in pieces, where its head is frozen and nothing follows it."""
     base: Any = model.get_base_model()
-    if base.config.is_encoder_decoder or model.active_peft_config.is_prompt_learning:
-        return  # there is more in front of the body than ids
     head = base.get_output_embeddings()
-    if (
+    if fits_pieces(model) and _ends_with(base, head):
+        _heads.add(head)
+
+
+def fits_pieces(model: PeftModel) -> bool:
+    """Whether a head is of the kind whose loss can be made in pieces, as far as that is seen without numbers."""
+    base: Any = model.get_base_model()
+    if base.config.is_encoder_decoder or model.active_peft_config.is_prompt_learning:
+        return False  # there is more in front of the body than ids
+    head = base.get_output_embeddings()
+    return (
         type(head) is torch.nn.Linear
         and head.bias is None
         and head.weight.dtype in (torch.bfloat16, torch.float16)
         and "forward" not in vars(head)  # as where weights lie on several devices
         and not head.weight.requires_grad
-        and _ends_with(base, head)
-    ):
-        _heads.add(head)
+    )
 
 
 def head_in_pieces(model: torch.nn.Module) -> torch.nn.Linear | None:
@@ -105,7 +111,7 @@ def _ends_with(model: Any, head: Any) -> bool:
     hook = model.base_model.register_forward_hook(note)
     head.forward = forward
     try:
-        with torch.random.fork_rng(devices=[]):  # dropout draws from it
+        with torch.random.fork_rng([] if model.device.type == "cpu" else [model.device]):  # dropout draws from it
             logits = model(input_ids=torch.arange(4, device=model.device)[None], use_cache=False).logits
     finally:
         del head.forward

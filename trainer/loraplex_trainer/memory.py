@@ -26,6 +26,7 @@ from loraplex_trainer.config import RunConfig
 from loraplex_trainer.data import make_batch
 from loraplex_trainer.encoding import Example
 from loraplex_trainer.errors import AdapterTooLarge, BaseTooLarge
+from loraplex_trainer.head import PIECE, fits_pieces, hidden_states
 from loraplex_trainer.loop import memory_named
 from loraplex_trainer.packing import packed_inputs
 from loraplex_trainer.sections import BaseSection, TrainingSection
@@ -109,9 +110,10 @@ def estimate_memory(
     longest = sorted(examples, key=lambda example: len(example.ids))[-training.batch_size :]
     with FakeTensorMode(allow_non_fake_inputs=True):  # what peft keeps beside the modules has numbers
         _pretend_to_be_somewhere(model)
-        activations = _activation_bytes(model, longest)
+        pieces = training.kernels and fits_pieces(model)
+        activations = _activation_bytes(model, longest, pieces)
         if training.gradient_checkpointing:
-            activations += _layer_bytes(model, longest, activations)
+            activations += _layer_bytes(model, longest, pieces, activations)
     trained = list(trainable_parameters(model).values())
     adapter = sum(parameter.nbytes for parameter in trained)
     state = sum(_state_bytes(parameter, training) for parameter in trained)
@@ -131,8 +133,8 @@ def _state_bytes(parameter: torch.nn.Parameter, training: TrainingSection) -> in
     return 8 * numbers
 
 
-def _activation_bytes(model: PeftModel, examples: Sequence[Example]) -> int:
-    """What one forward leaves for the backward pass, and the logits with their gradient."""
+def _activation_bytes(model: PeftModel, examples: Sequence[Example], pieces: bool) -> int:
+    """What one forward leaves for the backward pass, and the logits with their gradient: all of them, or a piece."""
     own = {tensor.untyped_storage()._cdata for tensor in [*model.parameters(), *model.buffers()]}
     kept: dict[int, int] = {}
 
@@ -150,14 +152,14 @@ def _activation_bytes(model: PeftModel, examples: Sequence[Example]) -> int:
     hooks = [layer.register_forward_pre_hook(note_inputs) for layer in _checkpointed(model)]
     model.train()
     with saved_tensors_hooks(note, lambda tensor: tensor):
-        logits_bytes = _pretend_to_train(model, examples)
+        logits_bytes = _pretend_to_train(model, examples, pieces)
     for hook in hooks:
         hook.remove()
     return sum(kept.values()) + logits_bytes
 
 
-def _pretend_to_train(model: PeftModel, examples: Sequence[Example]) -> int:
-    """One forward; returns the bytes of the logits and of their gradient, in float32."""
+def _pretend_to_train(model: PeftModel, examples: Sequence[Example], pieces: bool) -> int:
+    """One forward; returns the bytes of the logits and of their gradient, in float32, that are there at once."""
     vocabulary, size = model.get_input_embeddings().weight.shape[0], model.dtype.itemsize
     if model.config.is_encoder_decoder:
         seq2seq.loss_sum(model, examples, pad_id=0)
@@ -166,17 +168,20 @@ def _pretend_to_train(model: PeftModel, examples: Sequence[Example]) -> int:
     batch = make_batch(examples, pad_id=0)
     labelled = sum(example.answer_tokens for example in examples)
     more = packed_inputs(model, batch.position_ids)
+    if pieces:
+        hidden_states(model, {"input_ids": batch.input_ids, "use_cache": False, **more}, batch.logits_to_keep)
+        return min(labelled, PIECE) * vocabulary * (size + 4)
     logits = model(input_ids=batch.input_ids, logits_to_keep=batch.logits_to_keep, use_cache=False, **more).logits
     cross_entropy(logits.flatten(0, 1)[:labelled].float(), torch.zeros(labelled, dtype=torch.long))
     return logits.nbytes + 4 * labelled * vocabulary
 
 
-def _layer_bytes(model: PeftModel, examples: Sequence[Example], kept: int) -> int:
+def _layer_bytes(model: PeftModel, examples: Sequence[Example], pieces: bool, kept: int) -> int:
     """What one checkpointed layer, computed again in the backward pass, leaves; `kept` is what is kept of all."""
     layers = _checkpointed(model)
     base: Any = model.get_base_model()
     base.activation_checkpointing_disable()
-    return max(0, _activation_bytes(model, examples) - kept) // max(1, len(layers))
+    return max(0, _activation_bytes(model, examples, pieces) - kept) // max(1, len(layers))
 
 
 def _checkpointed(model: PeftModel) -> list[GradientCheckpointingLayer]:
