@@ -157,13 +157,19 @@ def test_starts_on_a_quantized_base_work_on_that_base_as_everybody_has_it(
     assert (saved["r"], saved["lora_alpha"]) == ((8, 16) if lora.get("init") in ("pissa", "olora") else (4, 8))
 
 
+@pytest.fixture(scope="module")
+def wide_base(base_folder, tmp_path_factory) -> Path:
+    """With weights of a rank that some servers, or none, take."""
+    return make_base(tmp_path_factory.mktemp("wide") / "base", base_folder, "qwen2", hidden_size=264)
+
+
 @pytest.mark.parametrize(
     ("lora", "saved"), [({"rank": 33, "init": "pissa"}, 66), ({"rank": 4, "rank_pattern": {"q_proj": 65}}, 65)], ids=str
 )
-def test_a_rank_above_the_servers_default_is_told_with_what_to_do(write_run, train, lora, saved):
+def test_a_rank_above_the_servers_default_is_told_with_what_to_do(write_run, train, wide_base, lora, saved):
     """PiSSA's rank 64 became 128 in the registry, which a server refused, and the run had said: push it."""
     named = {"target_modules": ["q_proj"]}
-    run = run_of(write_run, lora | named)
+    run = run_of(write_run, lora | named, base__model=str(wide_base))
     hint = f"its rank is {saved} as it is saved: serve it with --max-rank {saved}"
     assert hint in train(run, "--check", "--no-timing").stdout
     assert f"registry push tagger; {hint}" in train(run).stdout
@@ -171,8 +177,8 @@ def test_a_rank_above_the_servers_default_is_told_with_what_to_do(write_run, tra
     assert "--max-rank" not in train(lower, "--check", "--no-timing").stdout
 
 
-def test_a_rank_that_no_server_takes_is_scored_by_peft_and_told(write_run, train, receipt, tmp_path):
-    run = run_of(write_run, {"rank": 257, "target_modules": ["q_proj"]})
+def test_a_rank_that_no_server_takes_is_scored_by_peft_and_told(write_run, train, receipt, wide_base):
+    run = run_of(write_run, {"rank": 257, "target_modules": ["q_proj"]}, base__model=str(wide_base))
     told = train(run).stdout
     assert "scored by peft" in told and "use it with peft" in told and "registry push" not in told
     assert "rank r is 257, expected a whole number from 1 to 256" in receipt()["not_served"]
