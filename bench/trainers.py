@@ -63,8 +63,9 @@ class Ours:
         base = load_base(str(where.base), quantization=where.quantization, device=where.device, dtype="bfloat16")
         self.config = config_for(where)
         self.model = attach_adapter(base, self.config.lora)
+        by_kernels = use_kernels(self.model) if self.kernels else 0
         if self.kernels and where.device == "cpu" and where.quantization == "nf4":
-            assert use_kernels(self.model), "there are no kernels here"
+            assert by_kernels, "there are no kernels here"
 
     def full_rows(self, steps: int) -> float:
         return self._speed(full_rows(ROWS * (steps + 1), self.setting.tokens), steps)
