@@ -87,8 +87,9 @@ def story(base: str, port: int, once: bool) -> None:
         before = heldout_f1()
         run("loraplex", "train", f"demo/{TAGGER}-v2.yaml", *on_base)
         run("registry", "push", TAGGER)
-        console.print(f"held-out tag-F1: version 1 [bold]{before:.3f}[/], version 2 [bold]{heldout_f1():.3f}[/]")
-        replace_under_load(url)
+        after = heldout_f1()
+        console.print(f"held-out tag-F1: version 1 [bold]{before:.3f}[/], version 2 [bold]{after:.3f}[/]")
+        replace_under_load(url, reason=f"held-out F1 {before:.3f}, then {after:.3f}")
         run("registry", "history", f"{TAGGER}@production")
 
         console.print(f"\n[bold]Done in {time.monotonic() - started:.0f} s.[/] The server is at [bold]{url}[/]. Try:\n")
@@ -186,7 +187,7 @@ async def compare(url: str) -> None:
     console.print(table)
 
 
-def replace_under_load(url: str) -> None:
+def replace_under_load(url: str, reason: str) -> None:
     """Move the alias while a long answer streams: it ends on version 1, the next one is version 2's."""
     prompt, alias = prompts()[0], f"{TAGGER}@production"
     with Client(url) as client:
@@ -202,7 +203,7 @@ def replace_under_load(url: str) -> None:
             told.set()
 
         threading.Thread(target=read_on, daemon=True).start()
-        run("registry", "promote", f"{TAGGER}:2", "--to", "production", "--reason", "better held-out F1")
+        run("registry", "promote", f"{TAGGER}:2", "--to", "production", "--reason", reason)
         still_running, before = not told.is_set(), len(versions)
         answer = client.complete(prompt, adapter=alias, temperature=0, max_tokens=24)
         console.print(f"a new request is answered by [bold]{answer.adapter}[/]:{escape(answer.text)}")
