@@ -132,13 +132,7 @@ def load_base(
         if weights:
             placed = {"": where} if device_map is None else device_map
             options = {"dtype": compute, "quantization_config": scheme, "device_map": placed, "use_safetensors": True}
-            try:
-                model, told = TASKS[task].from_pretrained(folder, config=config, **options, **_TELLING)
-            except RuntimeError as error:
-                if not any(words in (hidden := _hidden_errors(error)) for words in OUT_OF_MEMORY):
-                    raise
-                raise MemoryError(f"base {id_or_path!r} did not fit into memory: {hidden.splitlines()[-1]}") from error
-            _refuse_incomplete(id_or_path, told)
+            model = _with_numbers(id_or_path, folder, config, task, options)
         else:
             model = _without_numbers(folder, config, task, compute)
         described = describe_base(str(folder)) if weights else describe_base(id_or_path, revision)
@@ -305,6 +299,18 @@ def _refuse_incomplete(name: str, told: Mapping[str, Any]) -> None:
             f"base {name!r}: {len(sizes)} of its weights have other sizes than its config.json says: {key} is "
             f"{tuple(stored)}, expected {tuple(expected)}"
         )
+
+
+def _with_numbers(name: str, folder: Path, config: Any, task: str, options: Mapping[str, Any]) -> Any:
+    """The model, by from_pretrained and its `options`."""
+    try:
+        model, told = TASKS[task].from_pretrained(folder, config=config, **options, **_TELLING)
+    except RuntimeError as error:
+        if not any(words in (hidden := _hidden_errors(error)) for words in OUT_OF_MEMORY):
+            raise
+        raise MemoryError(f"base {name!r} did not fit into memory: {hidden.splitlines()[-1]}") from error
+    _refuse_incomplete(name, told)
+    return model
 
 
 def _without_numbers(folder: Path, config: Any, task: str, compute: torch.dtype) -> Any:
