@@ -115,6 +115,7 @@ def test_a_base_of_the_hub_is_found_in_the_folder_where_it_lay(trained, tmp_path
     receipt["base"] |= {"id": "owner/base", "revision": "main"}
     (folder / "receipt.json").write_text(json.dumps(receipt))
     merged(folder, "--out", tmp_path / "merged")
+    assert (tmp_path / "merged/model.safetensors").is_file()
 
 
 @pytest.mark.parametrize(

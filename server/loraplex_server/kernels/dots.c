@@ -8,7 +8,7 @@
 #include "lora.h"
 #include "nf4.h"
 
-enum { SIDE4 = 4 };                            // outputs, and tokens, that are multiplied with each other: 16 sums
+enum { EDGE = 4 };                            // outputs, and tokens, that are multiplied with each other: 16 sums
 enum { DEEP = 32 * BLOCK, X_NEAR = 3 << 18 };  // inputs unpacked at a time, which stay in the first cache; bytes of x, in the second
 
 // The sum of each of sixteen vectors, in their order.
@@ -31,22 +31,22 @@ static inline __attribute__((always_inline)) __m512 add_dots(__m512 sum, __m512i
 }
 
 // Rows of a matrix, the last one again for those that are missing.
-typedef struct { const uint16_t *at[SIDE4]; } Rows;
+typedef struct { const uint16_t *at[EDGE]; } Rows;
 
 static inline __attribute__((always_inline)) Rows rows_of(const uint16_t *matrix, long row, long rows, long stride) {
     Rows of;
-    for (int i = 0; i < SIDE4; i++) of.at[i] = matrix + (row + i < rows ? row + i : rows - 1) * stride;
+    for (int i = 0; i < EDGE; i++) of.at[i] = matrix + (row + i < rows ? row + i : rows - 1) * stride;
     return of;
 }
 
 // sum (4 tokens, 4 rows of left, 16 lanes) += left times x, of `tokens` tokens.
 static inline __attribute__((always_inline)) void add_square(int tokens, __m512 sum[TILE], const Rows *left, const Rows *x, long depth) {
     for (long d = 0; d < depth; d += DEPTH) {
-        __m512i of[SIDE4];
-        for (int i = 0; i < SIDE4; i++) of[i] = _mm512_loadu_si512(left->at[i] + d);
+        __m512i of[EDGE];
+        for (int i = 0; i < EDGE; i++) of[i] = _mm512_loadu_si512(left->at[i] + d);
         for (int token = 0; token < tokens; token++) {
             const uint16_t *own = x->at[token] + d;
-            for (int i = 0; i < SIDE4; i++) sum[token * SIDE4 + i] = add_dots(sum[token * SIDE4 + i], of[i], own);
+            for (int i = 0; i < EDGE; i++) sum[token * EDGE + i] = add_dots(sum[token * EDGE + i], of[i], own);
         }
     }
 }
@@ -63,23 +63,23 @@ static void shrink(const Lora *lora, const uint16_t *x, long inputs) {
     long room = lora->chunks * DEPTH;
 #pragma omp for schedule(static) collapse(2)
     for (long i = 0; i < lora->count; i++)
-        for (long rank = 0; rank < room; rank += SIDE4) {
+        for (long rank = 0; rank < room; rank += EDGE) {
             Run run = lora->runs[i];
             long ranks = lora->ranks[run.slot];
             uint16_t *h = lora->h + i * lora->chunks * CHUNK + rank;
             if (rank >= ranks) {
-                for (long token = 0; token < run.tokens; token++) memset(h + token * room, 0, SIDE4 * 2);
+                for (long token = 0; token < run.tokens; token++) memset(h + token * room, 0, EDGE * 2);
                 continue;
             }
             Rows a = rows_of((const uint16_t *)lora->a[run.slot], rank, ranks, inputs);
-            for (long token = 0; token < run.tokens; token += SIDE4) {
+            for (long token = 0; token < run.tokens; token += EDGE) {
                 __m512 sum[TILE] = {0};
                 Rows own = rows_of(x + run.first * inputs, token, run.tokens, inputs);
                 add_any(run.tokens - token, sum, &a, &own, inputs);
                 _Alignas(32) uint16_t found[TILE];
                 to_bf16(found, _mm512_mul_ps(sums_of(sum), _mm512_set1_ps(lora->scaling[run.slot])));
-                for (long t = 0; t < SIDE4 && token + t < run.tokens; t++)
-                    for (long r = 0; r < SIDE4; r++) h[(token + t) * room + r] = rank + r < ranks ? found[t * SIDE4 + r] : 0;
+                for (long t = 0; t < EDGE && token + t < run.tokens; t++)
+                    for (long r = 0; r < EDGE; r++) h[(token + t) * room + r] = rank + r < ranks ? found[t * EDGE + r] : 0;
             }
         }
 }
@@ -137,42 +137,42 @@ static inline __attribute__((always_inline)) void multiply_few(int outputs, int 
 // sums (rows, 16 outputs) of a tile of the weight, four outputs at a time, of which some inputs are unpacked and lie near. between:
 // room for the lanes' sums of all rows and four outputs.
 static void multiply_many(float *sums, const Weight *weight, long tile, const uint16_t *x, long rows, long inputs, __m512 *between) {
-    _Alignas(64) uint16_t panel[SIDE4 * DEEP];
+    _Alignas(64) uint16_t panel[EDGE * DEEP];
     __m512 book = _mm512_loadu_ps(weight->book);
-    for (int from = 0; from < TILE; from += SIDE4)
+    for (int from = 0; from < TILE; from += EDGE)
         for (long begin = 0; begin < inputs; begin += DEEP) {
             long depth = inputs - begin < DEEP ? inputs - begin : DEEP;
             for (long d = 0; d < depth; d += BLOCK) {
                 long place = tile * weight->blocks + (begin + d) / BLOCK;
                 const uint8_t *codes = weight->codes + place * CODE_BYTES + from * 32;
-                for (int line = 0; line < SIDE4 * 32; line += 64) _mm_prefetch(codes + AHEAD * CODE_BYTES + line, _MM_HINT_T0);
-                for (int i = 0; i < SIDE4; i++) {
+                for (int line = 0; line < EDGE * 32; line += 64) _mm_prefetch(codes + AHEAD * CODE_BYTES + line, _MM_HINT_T0);
+                for (int i = 0; i < EDGE; i++) {
                     Values values = values_of(codes + i * 32, weight->scales[place * TILE + from + i], book);
                     _mm512_store_si512(panel + i * DEEP + d, values.low);
                     _mm512_store_si512(panel + i * DEEP + d + DEPTH, values.high);
                 }
             }
-            Rows left = rows_of(panel, 0, SIDE4, DEEP);
-            for (long row = 0; row < rows; row += SIDE4) {
-                __m512 sum[TILE] = {0}, *kept = between + row * SIDE4;
+            Rows left = rows_of(panel, 0, EDGE, DEEP);
+            for (long row = 0; row < rows; row += EDGE) {
+                __m512 sum[TILE] = {0}, *kept = between + row * EDGE;
                 if (begin) memcpy(sum, kept, sizeof sum);
                 Rows own = rows_of(x + begin, row, rows, inputs);
-                add_square(SIDE4, sum, &left, &own, depth);
+                add_square(EDGE, sum, &left, &own, depth);
                 if (begin + depth < inputs) {
                     memcpy(kept, sum, sizeof sum);
                     continue;
                 }
                 _Alignas(64) float found[TILE];
                 _mm512_store_ps(found, sums_of(sum));
-                for (int token = 0; token < SIDE4; token++) memcpy(sums + (row + token) * TILE + from, found + token * SIDE4, SIDE4 * sizeof(float));
+                for (int token = 0; token < EDGE; token++) memcpy(sums + (row + token) * TILE + from, found + token * EDGE, EDGE * sizeof(float));
             }
         }
 }
 
 static void multiply(float *sums, const Weight *weight, long tile, const uint16_t *x, long rows, long inputs, __m512 *between) {
     if (!weight->codes) memset(sums, 0, rows * TILE * sizeof(float));
-    else if (rows > 3 * SIDE4) multiply_many(sums, weight, tile, x, rows, inputs, between);
-    else for (; rows > 0; rows -= SIDE4, sums += SIDE4 * TILE, x += SIDE4 * inputs) {
+    else if (rows > 3 * EDGE) multiply_many(sums, weight, tile, x, rows, inputs, between);
+    else for (; rows > 0; rows -= EDGE, sums += EDGE * TILE, x += EDGE * inputs) {
         if (rows == 1) multiply_few(16, 1, sums, weight, tile, x, inputs);
         else if (rows == 2) multiply_few(8, 2, sums, weight, tile, x, inputs);
         else if (rows == 3) multiply_few(4, 3, sums, weight, tile, x, inputs);
@@ -193,8 +193,8 @@ static void linear(uint16_t *out, const uint16_t *x, Weight weight, const uint16
 #pragma omp parallel
     {
         static _Thread_local Scratch sums_scratch, between_scratch, pairs_scratch;
-        float *sums = scratch(&sums_scratch, (most + SIDE4) * TILE * sizeof(float));
-        __m512 *between = scratch(&between_scratch, (most + SIDE4) * SIDE4 * sizeof(__m512));
+        float *sums = scratch(&sums_scratch, (most + EDGE) * TILE * sizeof(float));
+        __m512 *between = scratch(&between_scratch, (most + EDGE) * EDGE * sizeof(__m512));
         __m512i *pairs = scratch(&pairs_scratch, lora.chunks * TILE * sizeof(__m512i));
         shrink(&lora, x, inputs);
         for (long first = 0, run = 0, last; first < rows; first += most, run = last) {
